@@ -1,0 +1,82 @@
+"""What a pass is: it plans edits, applies them, and proves its postcondition."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from compress.model import LatentDiffusion
+    from export.target import Target
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is done, units done, units in all)."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One planned change to one module; a module left alone is an edit with the action `skip` and a reason."""
+
+    pass_name: str
+    module: str
+    action: str
+    bytes_before: int
+    bytes_after: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may use while it is applied.
+
+    Attributes:
+        prompts: calibration prompts (or class labels as text), disjoint from the evaluation prompts.
+        seed: of the calibration noises.
+        height, width: of the pictures, in pixels.
+        progress: receives (what, done, total).
+    """
+
+    prompts: Sequence[str]
+    seed: int
+    height: int
+    width: int
+    progress: Progress = field(default=silent)
+
+
+class Pass(ABC):
+    """A rewrite of a model. Subclasses are dataclasses whose fields are their recipe keys.
+
+    Class facts, given at the head of every pass: `name` (the recipe key), `paper` (where the method comes from),
+    `needs` (of calibration, training), `changes` (of weights, graph, plan).
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    changes: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
+        """List every edit, without touching the model.
+
+        Raises:
+            RefusedError: the model or a target cannot take this pass; says why and the way out.
+        """
+
+    @abstractmethod
+    def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
+        """Carry the edits out, in place."""
+
+    @abstractmethod
+    def check(self, model: LatentDiffusion, edits: Sequence[Edit]) -> None:
+        """Prove that the model now is what `plan` promised.
+
+        Raises:
+            PassError: it is not.
+        """

@@ -1,0 +1,1 @@
+"""Engine format, lowering and runtime: how to write a compressed model down and run it."""

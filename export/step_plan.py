@@ -1,0 +1,227 @@
+"""The StepPlan: the denoising loop as plain data, one row per network call."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+SCHEMA_VERSION = 1
+
+SlotKind = Literal["feature", "residual", "output"]
+GuidanceMode = Literal["none", "cfg"]
+
+
+class StepPlanError(ValueError):
+    """A step plan that contradicts itself; the message says which row and why."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A pure function of named tensors: the part of the denoiser between two cuts.
+
+    Inputs are conditioning tensors, or outputs of segments that ran earlier in the same step, or slots.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor kept from one network call to later ones.
+
+    `feature` keeps the tensor itself; `residual` keeps `tensor - base`, and reading gives `base + forecast`;
+    `output` is a feature slot on the network output.
+    """
+
+    tensor: str
+    kind: SlotKind = "feature"
+    base: str | None = None
+    history: int = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One network call and the linear update after it.
+
+        x[k+1] = sum_i x[i] * latent[k-i]  +  sum_j m[j] * output[k-j]  +  noise * z[k]
+
+    Attributes:
+        t: the timestep value the denoiser is called with.
+        input_scale: the latent is multiplied by this before the call.
+        x, m: coefficients by lag (0 = the current call) over latents and guided network outputs.
+        noise: coefficient of the fresh standard-normal noise of this row; 0.0 draws none.
+        path: the key in `StepPlan.paths` that runs.
+        write: slots filled by this call.
+        read: slot -> forecast coefficients over its history, newest first.
+        guidance: how the network output is formed; `cfg` is `uncond + guidance_scale * (cond - uncond)`.
+        signal, sigma: this row's latent is `signal * clean + sigma * noise` (where image-to-image starts,
+            and what inpainting blends with).
+    """
+
+    t: float
+    x: Mapping[int, float]
+    m: Mapping[int, float]
+    noise: float = 0.0
+    input_scale: float = 1.0
+    path: str = "full"
+    write: tuple[str, ...] = ()
+    read: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    guidance: GuidanceMode = "none"
+    guidance_scale: float = 1.0
+    signal: float = 1.0
+    sigma: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A sampler run: the segments, the paths through them, the slots between calls, and one row per call.
+
+    Attributes:
+        segments: name -> inputs and outputs.
+        paths: name -> segments in the order they run.
+        slots: name -> what is kept.
+        steps: one row per network call.
+        init_noise_sigma: the first latent is this times standard-normal noise.
+        prediction: what the network predicts (`epsilon`, `v_prediction`, `flow`, `sample`): for reports and oracles.
+        key: what the plan was made for (model hash, sampler, network calls, guidance scale, ...).
+    """
+
+    segments: Mapping[str, Segment]
+    paths: Mapping[str, tuple[str, ...]]
+    slots: Mapping[str, Slot]
+    steps: tuple[Step, ...]
+    init_noise_sigma: float = 1.0
+    prediction: str = "epsilon"
+    key: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def network_calls(self) -> int:
+        """How many times the denoiser is called, whatever the path."""
+        return len(self.steps)
+
+    @property
+    def output(self) -> str:
+        """The name of the network output: the last output of the last segment of every path."""
+        return self.segments[next(iter(self.paths.values()))[-1]].outputs[-1]
+
+    def history(self) -> tuple[int, int]:
+        """How many latents and how many network outputs the runtime must keep, the current one included."""
+        return (
+            1 + max((lag for step in self.steps for lag in step.x), default=0),
+            1 + max((lag for step in self.steps for lag in step.m), default=0),
+        )
+
+    def validate(self, conditioning: tuple[str, ...] | None = None) -> None:
+        """Check that every name resolves, every read was written before, and every number is finite.
+
+        Args:
+            conditioning: the tensors given from outside (`sample`, `timestep`, ...); None skips the check that
+                each segment input is produced somewhere.
+
+        Raises:
+            StepPlanError: one sentence with the row and the cause.
+        """
+        if not self.steps:
+            raise StepPlanError("the plan has no steps")
+        for name, segments in self.paths.items():
+            for segment in segments:
+                if segment not in self.segments:
+                    raise StepPlanError(f"path {name!r} names the unknown segment {segment!r}")
+            if not segments or self.segments[segments[-1]].outputs[-1] != self.output:
+                raise StepPlanError(f"path {name!r} does not end in the network output {self.output!r}")
+        for name, slot in self.slots.items():
+            if slot.kind not in get_args(SlotKind):
+                raise StepPlanError(f"slot {name!r} has the unknown kind {slot.kind!r}")
+            if (slot.kind == "residual") != (slot.base is not None):
+                raise StepPlanError(f"slot {name!r}: a residual slot needs a base tensor, and no other kind has one")
+            if slot.history < 1:
+                raise StepPlanError(f"slot {name!r} keeps no history")
+        written = dict.fromkeys(self.slots, 0)
+        for row, step in enumerate(self.steps):
+            self._validate_step(row, step, written, conditioning)
+
+    def _validate_step(
+        self, row: int, step: Step, written: dict[str, int], conditioning: tuple[str, ...] | None
+    ) -> None:
+        where = f"step {row}"
+        if step.path not in self.paths:
+            raise StepPlanError(f"{where} runs the unknown path {step.path!r}")
+        if step.guidance not in get_args(GuidanceMode):
+            raise StepPlanError(f"{where} has the unknown guidance {step.guidance!r}")
+        numbers = [step.t, step.noise, step.input_scale, step.guidance_scale, step.signal, step.sigma]
+        numbers += [*step.x.values(), *step.m.values(), *(a for read in step.read.values() for a in read)]
+        if not all(math.isfinite(number) for number in numbers):
+            raise StepPlanError(f"{where} holds a number that is not finite")
+        if any(lag < 0 or lag > row for lag in (*step.x, *step.m)):
+            raise StepPlanError(f"{where} reaches back before the first step")
+        known = None if conditioning is None else set(conditioning)
+        for name, alphas in step.read.items():
+            if name not in self.slots:
+                raise StepPlanError(f"{where} reads the unknown slot {name!r}")
+            if not 1 <= len(alphas) <= min(written[name], self.slots[name].history):
+                raise StepPlanError(
+                    f"{where} reads {len(alphas)} values of slot {name!r}, which holds "
+                    f"{min(written[name], self.slots[name].history)}"
+                )
+        if known is not None:
+            readable = {self.slots[name].tensor for name in step.read}
+            for segment in self.paths[step.path]:
+                for tensor in self.segments[segment].inputs:
+                    if tensor not in known and tensor not in readable:
+                        raise StepPlanError(f"{where}: nothing produces the input {tensor!r} of segment {segment!r}")
+                known.update(self.segments[segment].outputs)
+        produced = {tensor for segment in self.paths[step.path] for tensor in self.segments[segment].outputs}
+        for name in step.write:
+            if name not in self.slots:
+                raise StepPlanError(f"{where} writes the unknown slot {name!r}")
+            if self.slots[name].tensor not in produced:
+                raise StepPlanError(f"{where} writes slot {name!r}, but path {step.path!r} does not compute it")
+            written[name] += 1
+
+    def to_json(self) -> str:
+        """Serialise; floats keep all their digits, so a round trip is exact."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> StepPlan:
+        """Read and validate a plan.
+
+        Raises:
+            StepPlanError: not JSON, another schema version, a missing or unknown key, or an inconsistent plan.
+        """
+        try:
+            raw = json.loads(text)
+            version = raw.pop("schema_version")
+            if version != SCHEMA_VERSION:
+                raise StepPlanError(f"the step plan has schema version {version!r}, this reads {SCHEMA_VERSION}")
+            plan = cls(
+                segments={
+                    name: Segment(tuple(segment["inputs"]), tuple(segment["outputs"]))
+                    for name, segment in raw.pop("segments").items()
+                },
+                paths={name: tuple(path) for name, path in raw.pop("paths").items()},
+                slots={name: Slot(**slot) for name, slot in raw.pop("slots").items()},
+                steps=tuple(_step(step) for step in raw.pop("steps")),
+                **raw,
+            )
+        except StepPlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StepPlanError(f"the step plan cannot be read: {type(error).__name__}: {error}") from error
+        plan.validate()
+        return plan
+
+
+def _step(raw: dict[str, Any]) -> Step:
+    raw = dict(raw)
+    return Step(
+        x={int(lag): float(a) for lag, a in raw.pop("x").items()},
+        m={int(lag): float(b) for lag, b in raw.pop("m").items()},
+        write=tuple(raw.pop("write")),
+        read={name: tuple(alphas) for name, alphas in raw.pop("read").items()},
+        **raw,
+    )
