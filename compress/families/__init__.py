@@ -1,0 +1,12 @@
+"""What a backbone must tell the compiler: units, cuts, example inputs, sensitive layers; one file per family."""
+
+from __future__ import annotations
+
+from compress.families.base import CutInfo, DenoiserSegment, Family
+from compress.families.sd3 import SD3
+from compress.families.unet import UNet
+
+FAMILIES: dict[str, Family] = {family.denoiser_class: family for family in (UNet(), SD3())}
+"""diffusers class name of the denoiser -> what is known about it."""
+
+__all__ = ["FAMILIES", "CutInfo", "DenoiserSegment", "Family"]
