@@ -1,0 +1,54 @@
+# Every target makes its own environment in .venv; nothing outside this folder is touched.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build is asked for by name first, so that no CUDA libraries are pulled; set TORCH to install another build.
+TORCH_VERSION := 2.13.0
+TORCH ?=
+
+.PHONY: help demo test check reference bench clean
+
+help:
+	@echo "make demo       install, compress the quickstart model, generate pictures, print where the report is"
+	@echo "make test       lint, types and tests"
+	@echo "make reference  retrain the reference models from nothing (hours; resumes)"
+	@echo "make bench      run the benchmark recipes and print the tables of README.md"
+	@echo "make clean      remove build/ and the environment"
+
+$(VENV)/torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	@if [ -n "$(TORCH)" ]; then $(BIN)/python -m pip install --quiet $(TORCH); \
+	else $(BIN)/python -m pip install --quiet "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH_VERSION)" 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet "torch==$(TORCH_VERSION)"; fi
+	@touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[openvino]"
+	@touch $@
+
+$(VENV)/dev: $(VENV)/torch pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[openvino,dev]"
+	@touch $@ $(VENV)/demo
+
+demo: $(VENV)/demo
+	$(BIN)/compress recipes/quickstart.yaml
+	$(BIN)/compress run build/quickstart --seed 1 -o build/quickstart/pictures \
+	  --prompt "a large red circle on the left" --prompt "a small blue square on the right"
+	@echo "The report is build/quickstart/report.html"
+
+test check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy compress export kernels
+	$(BIN)/python -m pytest
+
+reference: $(VENV)/demo
+	$(BIN)/python -m recipes.reference.train
+
+bench: $(VENV)/demo
+	$(BIN)/python -m recipes.benchmarks
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,31 @@
+"""PASSES, the one table of passes, in the order a recipe may use them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+
+from compress.passes.base import Pass
+
+_CLASSES = {
+    "quantize": "compress.passes.quantize:Quantize",
+    "cache": "compress.passes.cache:Cache",
+}
+
+
+class _Table(Mapping[str, type[Pass]]):
+    """Pass name -> class; a class is imported when it is asked for, since some bring torch with them."""
+
+    def __getitem__(self, name: str) -> type[Pass]:
+        module, _, attribute = _CLASSES[name].partition(":")
+        found: type[Pass] = getattr(importlib.import_module(module), attribute)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_CLASSES)
+
+    def __len__(self) -> int:
+        return len(_CLASSES)
+
+
+PASSES: Mapping[str, type[Pass]] = _Table()
