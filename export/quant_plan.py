@@ -1,0 +1,148 @@
+"""The QuantPlan: which layers compute in integers, and with which scales; plain data, numpy only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+
+Op = Literal["linear", "conv"]
+
+
+class QuantPlanError(ValueError):
+    """A quantization plan that cannot be read or contradicts itself; the message says which layer and why."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Unsigned 8-bit per-tensor quantization: `q = clip(round(x / scale) + zero_point, 0, 255)`, `round` ties to even."""
+
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def of_range(cls, low: float, high: float) -> Affine:
+        """The grid that spans [low, high]; the range is widened to hold 0, so that 0 is exact (padding stays 0).
+
+        Raises:
+            QuantPlanError: a bound is not finite.
+        """
+        low, high = min(float(low), 0.0), max(float(high), 0.0)
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise QuantPlanError(f"an activation range is not finite: [{low}, {high}]")
+        scale = float(np.float32(max((high - low) / 255.0, 1e-8)))
+        return cls(scale, int(np.clip(np.round(-low / scale), 0, 255)))
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest number the grid holds."""
+        return -self.zero_point * self.scale, (255 - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True)
+class LayerQuant:
+    """One layer that computes in 8-bit integers.
+
+    Attributes:
+        op: `linear` or `conv`.
+        scheme: the row of the number-format table this came from.
+        weight_scale: (out_channels,) scales of the signed, symmetric weights: `q = clip(round(w / scale), -127, 127)`.
+        input: the grid of the input activation.
+        output: the grid of the output before it is read on; convolutions only, where a runtime needs it to
+            run an integer kernel.
+    """
+
+    op: Op
+    scheme: str
+    weight_scale: tuple[float, ...]
+    input: Affine
+    output: Affine | None = None
+
+    def quantize_weight(self, weight: np.ndarray) -> np.ndarray:
+        """Round a float weight (out_channels, ...) to int8 of the same shape.
+
+        Raises:
+            QuantPlanError: the weight has another number of output channels.
+        """
+        if weight.shape[0] != len(self.weight_scale):
+            raise QuantPlanError(f"{len(self.weight_scale)} weight scales for {weight.shape[0]} output channels")
+        scale = np.asarray(self.weight_scale, np.float32).reshape(-1, *(1,) * (weight.ndim - 1))
+        return np.clip(np.round(weight.astype(np.float32) / scale), -127, 127).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """How one part of a model (denoiser, text encoder, VAE decoder) is quantized.
+
+    Attributes:
+        layers: module name relative to the part -> its numbers.
+        skipped: module name -> why it stays in float.
+        storage: how the weights of the layers left in float are stored: `float32`, or `float16` (widened on load).
+    """
+
+    layers: Mapping[str, LayerQuant]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    storage: Literal["float32", "float16"] = "float32"
+
+    def validate(self) -> None:
+        """Check every number.
+
+        Raises:
+            QuantPlanError: one sentence with the layer and the cause.
+        """
+        if self.storage not in ("float32", "float16"):
+            raise QuantPlanError(f"the plan has the unknown storage {self.storage!r}")
+        for name, layer in self.layers.items():
+            if layer.op not in get_args(Op):
+                raise QuantPlanError(f"layer {name!r} has the unknown op {layer.op!r}")
+            if name in self.skipped:
+                raise QuantPlanError(f"layer {name!r} is both quantized and skipped")
+            if layer.output is not None and layer.op != "conv":
+                raise QuantPlanError(f"layer {name!r} is no convolution but has an output grid")
+            scales = [*layer.weight_scale, layer.input.scale, *([layer.output.scale] if layer.output else [])]
+            if not layer.weight_scale or not all(math.isfinite(scale) and scale > 0 for scale in scales):
+                raise QuantPlanError(f"layer {name!r} has a scale that is not positive and finite")
+            for grid in (layer.input, layer.output):
+                if grid is not None and not 0 <= grid.zero_point <= 255:
+                    raise QuantPlanError(f"layer {name!r} has the zero point {grid.zero_point}, outside 0..255")
+
+    def to_json(self) -> str:
+        """Serialise; floats keep all their digits, so a round trip is exact."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantPlan:
+        """Read and validate a plan.
+
+        Raises:
+            QuantPlanError: not JSON, another schema version, a missing or unknown key, or an impossible number.
+        """
+        try:
+            raw = json.loads(text)
+            version = raw.pop("schema_version")
+            if version != SCHEMA_VERSION:
+                raise QuantPlanError(f"the plan has schema version {version!r}, this reads {SCHEMA_VERSION}")
+            plan = cls(layers={name: _layer(layer) for name, layer in raw.pop("layers").items()}, **raw)
+            plan.validate()
+        except QuantPlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise QuantPlanError(f"the quantization plan cannot be read: {type(error).__name__}: {error}") from error
+        return plan
+
+
+def _layer(raw: dict[str, Any]) -> LayerQuant:
+    raw = dict(raw)
+    output = raw.pop("output")
+    return LayerQuant(
+        weight_scale=tuple(float(scale) for scale in raw.pop("weight_scale")),
+        input=Affine(**raw.pop("input")),
+        output=None if output is None else Affine(**output),
+        **raw,
+    )
