@@ -66,9 +66,18 @@ class Piece:
 class SegmentModule(nn.Module):
     """Holds the whole denoiser under `denoiser`, so that module paths of traced graphs are those of the denoiser."""
 
+    prefix = "denoiser"
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
+
+    @property
+    def component(self) -> nn.Module:
+        """The whole denoiser."""
+        return self.denoiser
 
 
 def _segment_class(piece: Piece) -> type[SegmentModule]:
@@ -81,7 +90,11 @@ def _segment_class(piece: Piece) -> type[SegmentModule]:
         return piece.run(module.denoiser, *tensors)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    return type(SegmentModule.__name__, (SegmentModule,), {"forward": forward})
+    return type(  # the name is that of the base: it shows in traced graphs
+        SegmentModule.__name__,
+        (SegmentModule,),
+        {"forward": forward, "inputs": piece.inputs, "outputs": piece.outputs},
+    )
 
 
 def compose(
