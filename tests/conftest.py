@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -16,6 +14,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     folders: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
+        from tests import tiny  # brings torch, which most tests of recipes and of the command line do without
+
         if family not in folders:
             folders[family] = tiny.save(family, tmp_path_factory.mktemp("tiny") / family)
         return folders[family]
