@@ -77,6 +77,18 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Update:
+    """The coefficients of one row when sampling begins late: a multistep sampler then has no history yet.
+
+    The fields are those of `Step`.
+    """
+
+    x: Mapping[int, float]
+    m: Mapping[int, float]
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """A sampler run: the segments, the paths through them, the slots between calls, and one row per call.
 
@@ -85,6 +97,8 @@ class StepPlan:
         paths: name -> segments in the order they run.
         slots: name -> what is kept.
         steps: one row per network call.
+        starts: rows other than 0 where sampling may begin (image-to-image) -> the updates that replace those of the
+            first rows from there on; empty where the rows keep no memory.
         init_noise_sigma: the first latent is this times standard-normal noise.
         prediction: what the network predicts (`epsilon`, `v_prediction`, `flow`, `sample`): for reports and oracles.
         key: what the plan was made for (model hash, sampler, network calls, guidance scale, ...).
@@ -94,6 +108,7 @@ class StepPlan:
     paths: Mapping[str, tuple[str, ...]]
     slots: Mapping[str, Slot]
     steps: tuple[Step, ...]
+    starts: Mapping[int, tuple[Update, ...]] = field(default_factory=dict)
     init_noise_sigma: float = 1.0
     prediction: str = "epsilon"
     key: Mapping[str, Any] = field(default_factory=dict)
@@ -110,9 +125,10 @@ class StepPlan:
 
     def history(self) -> tuple[int, int]:
         """How many latents and how many network outputs the runtime must keep, the current one included."""
+        rows: list[Step | Update] = [*self.steps, *(update for updates in self.starts.values() for update in updates)]
         return (
-            1 + max((lag for step in self.steps for lag in step.x), default=0),
-            1 + max((lag for step in self.steps for lag in step.m), default=0),
+            1 + max((lag for row in rows for lag in row.x), default=0),
+            1 + max((lag for row in rows for lag in row.m), default=0),
         )
 
     def validate(self, conditioning: tuple[str, ...] | None = None) -> None:
@@ -143,6 +159,18 @@ class StepPlan:
         written = dict.fromkeys(self.slots, 0)
         for row, step in enumerate(self.steps):
             self._validate_step(row, step, written, conditioning)
+        for row, updates in self.starts.items():
+            self._validate_start(row, updates)
+
+    def _validate_start(self, row: int, updates: tuple[Update, ...]) -> None:
+        if not 0 < row < len(self.steps) or len(updates) > len(self.steps) - row:
+            raise StepPlanError(f"start {row} lies outside the plan of {len(self.steps)} steps")
+        rows: tuple[Step | Update, ...] = (*updates, *self.steps[row + len(updates) :])
+        for after, update in enumerate(rows):
+            if any(lag < 0 or lag > after for lag in (*update.x, *update.m)):
+                raise StepPlanError(f"start {row}: step {row + after} reaches back before the start")
+            if not all(math.isfinite(number) for number in (*update.x.values(), *update.m.values(), update.noise)):
+                raise StepPlanError(f"start {row} holds a number that is not finite")
 
     def _validate_step(
         self, row: int, step: Step, written: dict[str, int], conditioning: tuple[str, ...] | None
@@ -206,6 +234,10 @@ class StepPlan:
                 paths={name: tuple(path) for name, path in raw.pop("paths").items()},
                 slots={name: Slot(**slot) for name, slot in raw.pop("slots").items()},
                 steps=tuple(_step(step) for step in raw.pop("steps")),
+                starts={
+                    int(row): tuple(_update(update) for update in updates)
+                    for row, updates in raw.pop("starts", {}).items()
+                },
                 **raw,
             )
         except StepPlanError:
@@ -216,11 +248,20 @@ class StepPlan:
         return plan
 
 
+def _lags(raw: Mapping[str, Any]) -> dict[int, float]:
+    return {int(lag): float(coefficient) for lag, coefficient in raw.items()}
+
+
+def _update(raw: dict[str, Any]) -> Update:
+    raw = dict(raw)
+    return Update(x=_lags(raw.pop("x")), m=_lags(raw.pop("m")), **raw)
+
+
 def _step(raw: dict[str, Any]) -> Step:
     raw = dict(raw)
     return Step(
-        x={int(lag): float(a) for lag, a in raw.pop("x").items()},
-        m={int(lag): float(b) for lag, b in raw.pop("m").items()},
+        x=_lags(raw.pop("x")),
+        m=_lags(raw.pop("m")),
         write=tuple(raw.pop("write")),
         read={name: tuple(alphas) for name, alphas in raw.pop("read").items()},
         **raw,
