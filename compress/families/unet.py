@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
 from compress.errors import RefusedError
-from compress.families.base import Family, Piece
+from compress.families.base import Family, Network, Piece
 from export.step_plan import Slot
 
 _BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
@@ -32,29 +33,30 @@ class Unit(NamedTuple):
 
     @property
     def paths(self) -> list[str]:
+        """Those there are."""
         return [path for path in self if path is not None]
 
 
-def _down_units(unet: nn.Module) -> list[Unit]:
+def _down_units(unet: Network) -> list[Unit]:
     """The units that produce the skips s_0 (conv_in), s_1, ... in order."""
     units = [Unit(plain="conv_in")]
-    for b, block in enumerate(unet.down_blocks):  # type: ignore[arg-type, var-annotated]
+    for b, block in enumerate(unet.down_blocks):
         units += _resnet_units(f"down_blocks.{b}", block)
         units += [Unit(plain=f"down_blocks.{b}.downsamplers.{d}") for d in range(len(block.downsamplers or ()))]
     return units
 
 
-def _up_units(unet: nn.Module) -> list[Unit]:
+def _up_units(unet: Network) -> list[Unit]:
     """The units that consume the skips s_0, s_1, ...; the last of a block ends with its upsampler."""
     units: list[Unit] = []
-    for b, block in enumerate(unet.up_blocks):  # type: ignore[arg-type, var-annotated]
+    for b, block in enumerate(unet.up_blocks):
         units += _resnet_units(f"up_blocks.{b}", block)
         if block.upsamplers is not None:
             units[-1] = units[-1]._replace(plain=f"up_blocks.{b}.upsamplers.0")
     return units[::-1]
 
 
-def _resnet_units(path: str, block: Any) -> list[Unit]:
+def _resnet_units(path: str, block: Network) -> list[Unit]:
     attentions = len(getattr(block, "attentions", ()))
     return [
         Unit(resnet=f"{path}.resnets.{r}", attention=f"{path}.attentions.{r}" if r < attentions else None)
@@ -62,7 +64,7 @@ def _resnet_units(path: str, block: Any) -> list[Unit]:
     ]
 
 
-def _run_unit(unet: nn.Module, unit: Unit, hidden: Tensor, emb: Tensor, text: Tensor | None) -> Tensor:
+def _run_unit(unet: Network, unit: Unit, hidden: Tensor, emb: Tensor, text: Tensor | None) -> Tensor:
     if unit.resnet is not None:
         hidden = unet.get_submodule(unit.resnet)(hidden, emb)
     if unit.attention is not None:
@@ -86,8 +88,9 @@ class UNet(Family):
     output = "out_sample"
     float_layers = (r"^conv_in$", r"^conv_out$", r"^time_embedding\.", r"^add_embedding\.", r"time_emb_proj$")
 
-    def check(self, denoiser: nn.Module) -> None:
-        config: Any = denoiser.config
+    @override
+    def check(self, denoiser: Network) -> None:
+        config = denoiser.config
         if config.in_channels != config.out_channels:
             raise RefusedError(
                 f"the UNet takes {config.in_channels} channels and gives {config.out_channels}; inpainting and image "
@@ -100,30 +103,33 @@ class UNet(Family):
             raise RefusedError(
                 f"the UNet has addition_embed_type {config.addition_embed_type!r}; only none and 'text' are supported"
             )
-        blocks = {type(block).__name__ for block in (*denoiser.down_blocks, *denoiser.up_blocks)}  # type: ignore[misc]
+        blocks = {type(block).__name__ for block in (*denoiser.down_blocks, *denoiser.up_blocks)}
         if unknown := sorted(blocks.difference(_BLOCKS)):
             raise RefusedError(f"the UNet has blocks of type {unknown[0]}; supported are {', '.join(_BLOCKS)}")
         if type(denoiser.mid_block).__name__ != "UNetMidBlock2DCrossAttn":
             raise RefusedError("the UNet's middle block is not UNetMidBlock2DCrossAttn, the only supported type")
 
-    def whole(self, denoiser: nn.Module, *tensors: Tensor) -> Tensor:
+    @override
+    def whole(self, denoiser: Network, *tensors: Tensor) -> Tensor:
         sample, timestep, text = tensors
         return denoiser(sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
 
-    def cut_names(self, denoiser: nn.Module) -> list[str]:
+    @override
+    def cut_names(self, denoiser: Network) -> list[str]:
         return [unit.paths[0] for unit in _up_units(denoiser)]
 
-    def pieces(self, denoiser: nn.Module, cut: int) -> tuple[Piece, Piece, Piece, Slot]:
+    @override
+    def pieces(self, denoiser: Network, cut: int) -> tuple[Piece, Piece, Piece, Slot]:
         down, up = _down_units(denoiser), _up_units(denoiser)
         skips = tuple(f"skip_{i}" for i in range(cut + 1))
         below, above = down[: cut + 1], down[cut + 1 :]
         deep_up, exit_up = up[:cut:-1], up[cut::-1]
-        pooled = denoiser.config.addition_embed_type == "text"  # type: ignore[union-attr, operator]
+        pooled = denoiser.config.addition_embed_type == "text"
 
         def text(needed: bool) -> tuple[str, ...]:
             return ("encoder_hidden_states",) if needed else ()
 
-        def entry(unet: nn.Module, sample: Tensor, timestep: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
+        def entry(unet: Network, sample: Tensor, timestep: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
             emb = _time_embedding(unet, sample, timestep, text)
             hidden, outputs = sample, []
             for unit in below:
@@ -131,7 +137,7 @@ class UNet(Family):
                 outputs.append(hidden)
             return (emb, *outputs)
 
-        def deep(unet: Any, hidden: Tensor, emb: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        def deep(unet: Network, hidden: Tensor, emb: Tensor, text: Tensor) -> tuple[Tensor, ...]:
             inner = []
             for unit in above:
                 hidden = _run_unit(unet, unit, hidden, emb, text)
@@ -139,7 +145,7 @@ class UNet(Family):
             hidden = unet.mid_block(hidden, emb, encoder_hidden_states=text)
             return (_consume(unet, deep_up, hidden, inner, emb, text),)
 
-        def exit_(unet: Any, hidden: Tensor, emb: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        def exit_(unet: Network, hidden: Tensor, emb: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             outer, text = rest[: cut + 1], rest[cut + 1] if len(rest) > cut + 1 else None
             hidden = _consume(unet, exit_up, hidden, outer, emb, text)
             return (unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden))),)
@@ -152,22 +158,24 @@ class UNet(Family):
             Slot("deep"),
         )
 
-    def shallow_modules(self, denoiser: nn.Module, cut: int) -> list[str]:
+    @override
+    def shallow_modules(self, denoiser: Network, cut: int) -> list[str]:
         units = _down_units(denoiser)[: cut + 1] + _up_units(denoiser)[: cut + 1]
         ends = ["time_embedding", "add_embedding", "conv_norm_out", "conv_out"]
         return ends + [path for unit in units for path in unit.paths]
 
+    @override
     def example_inputs(
-        self, denoiser: nn.Module, batch: int, height: int, width: int, prompt_tokens: int
+        self, denoiser: Network, batch: int, height: int, width: int, prompt_tokens: int
     ) -> dict[str, Tensor]:
-        config: Any = denoiser.config
-        generator = torch.Generator().manual_seed(0)
+        config, generator = denoiser.config, torch.Generator().manual_seed(0)
         return {
             "sample": torch.randn(batch, config.in_channels, height, width, generator=generator),
             "timestep": torch.linspace(999.0, 0.0, batch + 1)[:batch],
             "encoder_hidden_states": torch.randn(batch, prompt_tokens, config.cross_attention_dim, generator=generator),
         }
 
+    @override
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
         return {
             "sample": {0: "batch", 2: "height", 3: "width"},
@@ -175,25 +183,23 @@ class UNet(Family):
             "encoder_hidden_states": {0: "batch", 1: "prompt_tokens"},
         }
 
-    def latent_multiple(self, denoiser: nn.Module) -> int:
-        return 2 ** int(denoiser.num_upsamplers)  # type: ignore[arg-type]
-
-    def latent_side(self, denoiser: nn.Module) -> int:
-        return int(denoiser.config.sample_size)  # type: ignore[union-attr, arg-type]
+    @override
+    def latent_multiple(self, denoiser: Network) -> int:
+        return 2 ** int(denoiser.num_upsamplers)
 
 
 def _attends(units: Sequence[Unit]) -> bool:
     return any(unit.attention is not None for unit in units)
 
 
-def _time_embedding(unet: Any, sample: Tensor, timestep: Tensor, text: Tensor | None) -> Tensor:
+def _time_embedding(unet: Network, sample: Tensor, timestep: Tensor, text: Tensor | None) -> Tensor:
     emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
     extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs={})
     return emb if extra is None else emb + extra
 
 
 def _consume(
-    unet: nn.Module, units: Sequence[Unit], hidden: Tensor, skips: Sequence[Tensor], emb: Tensor, text: Tensor | None
+    unet: Network, units: Sequence[Unit], hidden: Tensor, skips: Sequence[Tensor], emb: Tensor, text: Tensor | None
 ) -> Tensor:
     """Run up units, each on its input joined with the next skip, the last skip first."""
     for unit, skip in zip(units, reversed(skips), strict=True):

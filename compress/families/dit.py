@@ -1,0 +1,91 @@
+"""DiTTransformer2DModel: class-conditional DiT (Peebles and Xie 2022, arXiv 2212.09748)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import override
+
+from compress.errors import RefusedError
+from compress.families.base import Network, Piece
+from compress.families.blocks import RESIDUAL, BlockTransformer, unpatchify
+from export.step_plan import Slot
+
+
+class DiT(BlockTransformer):
+    """Every block embeds timestep and class itself. Square latents of the trained size only; a learned variance,
+    the second half of the output channels, is dropped.
+    """
+
+    name = "dit"
+    denoiser_class = "DiTTransformer2DModel"
+    conditioning = ("hidden_states", "timestep", "class_labels")
+    ends = ("pos_embed", "transformer_blocks.0.norm1.emb", "proj_out_1", "proj_out_2")
+    float_layers = (r"^pos_embed\.", r"\.norm1\.", r"^proj_out_[12]$")
+
+    @override
+    def check(self, denoiser: Network) -> None:
+        refuse_extra_channels(denoiser)
+
+    @override
+    def whole(self, denoiser: Network, *tensors: Tensor) -> Tensor:
+        output: Tensor = denoiser(**dict(zip(self.conditioning, tensors, strict=True)), return_dict=False)[0]
+        return output[:, : denoiser.config.in_channels]
+
+    @override
+    def pieces(self, denoiser: Network, cut: int) -> tuple[Piece, Piece, Piece, Slot]:
+        def run_blocks(blocks: Network, tokens: Tensor, timestep: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+            for block in blocks:
+                tokens = block(tokens, timestep=timestep, class_labels=label)
+            return (tokens,)
+
+        def entry(model: Network, hidden: Tensor, timestep: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+            return run_blocks(model.transformer_blocks[:cut], model.pos_embed(hidden), timestep, label)
+
+        def deep(model: Network, tokens: Tensor, timestep: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+            return run_blocks(model.transformer_blocks[cut:], tokens, timestep, label)
+
+        def exit_(
+            model: Network, tokens: Tensor, hidden: Tensor, timestep: Tensor, label: Tensor
+        ) -> tuple[Tensor, ...]:
+            emb = model.transformer_blocks[0].norm1.emb(timestep, label, hidden_dtype=tokens.dtype)
+            shift, scale = model.proj_out_1(functional.silu(emb)).chunk(2, dim=1)
+            patches = model.proj_out_2(model.norm_out(tokens) * (1 + scale[:, None]) + shift[:, None])
+            return (unpatchify(patches, hidden, model.config.patch_size)[:, : model.config.in_channels],)
+
+        return (
+            Piece("entry", self.conditioning, ("tokens",), entry),
+            Piece("deep", ("tokens", "timestep", "class_labels"), ("deep",), deep),
+            Piece("exit", ("deep", *self.conditioning), (self.output,), exit_),
+            RESIDUAL,
+        )
+
+    @override
+    def example_inputs(
+        self, denoiser: Network, batch: int, height: int, width: int, prompt_tokens: int
+    ) -> dict[str, Tensor]:
+        config, generator = denoiser.config, torch.Generator().manual_seed(0)
+        return {
+            "hidden_states": torch.randn(batch, config.in_channels, height, width, generator=generator),
+            "timestep": torch.linspace(999.0, 0.0, batch + 1)[:batch],
+            "class_labels": torch.arange(batch) % config.num_embeds_ada_norm,
+        }
+
+    @override
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        return {"hidden_states": {0: "batch"}, "timestep": {0: "batch"}, "class_labels": {0: "batch"}}
+
+
+def refuse_extra_channels(denoiser: Network) -> None:
+    """Refuse a transformer whose output is neither the latent nor the latent with its learned variance.
+
+    Raises:
+        RefusedError: says how many channels it takes and gives.
+    """
+    channels, given = denoiser.config.in_channels, denoiser.config.out_channels
+    if given not in (None, channels, 2 * channels):
+        raise RefusedError(
+            f"the transformer takes {channels} channels and gives {given}; supported are as many out as in, or twice "
+            "as many (learned variance)"
+        )

@@ -1,0 +1,101 @@
+"""PixArtTransformer2DModel: text-conditional DiT with cross-attention (Chen et al. 2023, arXiv 2310.00426)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from compress.errors import RefusedError
+from compress.families.base import Network, Piece
+from compress.families.blocks import RESIDUAL, BlockTransformer, unpatchify
+from compress.families.dit import refuse_extra_channels
+from export.step_plan import Slot
+
+_NO_SIZE = {"resolution": None, "aspect_ratio": None}
+
+
+class PixArt(BlockTransformer):
+    """One timestep modulation for all blocks. Latents of the trained size only; a learned variance, the second half
+    of the output channels, is dropped.
+    """
+
+    name = "pixart"
+    denoiser_class = "PixArtTransformer2DModel"
+    conditioning = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
+    ends = ("pos_embed", "adaln_single", "caption_projection", "scale_shift_table", "proj_out")
+    float_layers = (r"^pos_embed\.", r"^adaln_single\.", r"^caption_projection\.", r"^proj_out$")
+
+    @override
+    def check(self, denoiser: Network) -> None:
+        refuse_extra_channels(denoiser)
+        if denoiser.use_additional_conditions:
+            raise RefusedError(
+                "the transformer is conditioned on resolution and aspect ratio (use_additional_conditions, the default "
+                "at sample_size 128), which is not supported: use a 256 or 512 pixel model"
+            )
+        if denoiser.caption_projection is None:
+            raise RefusedError("the transformer has no caption projection (caption_channels), which is not supported")
+
+    @override
+    def whole(self, denoiser: Network, *tensors: Tensor) -> Tensor:
+        named = dict(zip(self.conditioning, tensors, strict=True))
+        output: Tensor = denoiser(**named, added_cond_kwargs=_NO_SIZE, return_dict=False)[0]
+        return output[:, : denoiser.config.in_channels]
+
+    @override
+    def pieces(self, denoiser: Network, cut: int) -> tuple[Piece, Piece, Piece, Slot]:
+        read = ("modulation", "context", "bias")
+
+        def run_blocks(
+            blocks: Network, tokens: Tensor, modulation: Tensor, context: Tensor, bias: Tensor
+        ) -> tuple[Tensor, ...]:
+            for block in blocks:
+                tokens = block(tokens, encoder_hidden_states=context, encoder_attention_mask=bias, timestep=modulation)
+            return (tokens,)
+
+        def entry(model: Network, hidden: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+            tokens = model.pos_embed(hidden)
+            modulation, temb = model.adaln_single(
+                timestep, _NO_SIZE, batch_size=hidden.shape[0], hidden_dtype=tokens.dtype
+            )
+            state = (modulation, model.caption_projection(text), ((1 - mask) * -10000.0).unsqueeze(1))
+            return *run_blocks(model.transformer_blocks[:cut], tokens, *state), *state, temb
+
+        def deep(model: Network, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            return run_blocks(model.transformer_blocks[cut:], tokens, *state)
+
+        def exit_(model: Network, tokens: Tensor, temb: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+            shift, scale = (model.scale_shift_table[None] + temb[:, None]).chunk(2, dim=1)
+            patches = model.proj_out(model.norm_out(tokens) * (1 + scale) + shift)
+            return (unpatchify(patches, hidden, model.config.patch_size)[:, : model.config.in_channels],)
+
+        return (
+            Piece("entry", self.conditioning, ("tokens", *read, "temb"), entry),
+            Piece("deep", ("tokens", *read), ("deep",), deep),
+            Piece("exit", ("deep", "temb", "hidden_states"), (self.output,), exit_),
+            RESIDUAL,
+        )
+
+    @override
+    def example_inputs(
+        self, denoiser: Network, batch: int, height: int, width: int, prompt_tokens: int
+    ) -> dict[str, Tensor]:
+        config, generator = denoiser.config, torch.Generator().manual_seed(0)
+        mask = torch.ones(batch, prompt_tokens)
+        mask[:, prompt_tokens // 2 + 1 :] = 0.0
+        return {
+            "hidden_states": torch.randn(batch, config.in_channels, height, width, generator=generator),
+            "timestep": torch.linspace(999.0, 0.0, batch + 1)[:batch],
+            "encoder_hidden_states": torch.randn(batch, prompt_tokens, config.caption_channels, generator=generator),
+            "encoder_attention_mask": mask,
+        }
+
+    @override
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        return {
+            "hidden_states": {0: "batch"},
+            "timestep": {0: "batch"},
+            "encoder_hidden_states": {0: "batch", 1: "prompt_tokens"},
+            "encoder_attention_mask": {0: "batch", 1: "prompt_tokens"},
+        }
