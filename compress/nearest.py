@@ -10,7 +10,7 @@ SHOWN = 12
 
 def shown(value: object) -> str:
     """Quote a value that a user wrote, cut to a length that fits a sentence."""
-    text = repr(value)
+    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -26,11 +26,9 @@ def nearest(value: object, known: Iterable[object]) -> str | None:
     if not isinstance(value, str):
         return None
     by_fold = {str(name).casefold(): str(name) for name in known}
-    close = difflib.get_close_matches(value.casefold(), by_fold, n=1, cutoff=0.55)
-    if close:
-        return by_fold[close[0]]
-    starts = [name for fold, name in by_fold.items() if value and fold.startswith(value.casefold())]
-    return starts[0] if len(starts) == 1 else None
+    starts = [fold for fold in by_fold if value and fold.startswith(value.casefold())]
+    close = difflib.get_close_matches(value.casefold(), by_fold, n=1, cutoff=0.55) or sorted(starts, key=len)
+    return by_fold[close[0]] if close else None
 
 
 def unknown(value: object, noun: str, known: Iterable[object]) -> str:

@@ -53,7 +53,7 @@ Sizes = Annotated[Range, BeforeValidator(_read_range), PlainSerializer(_write_ra
 
 
 def _listed(value: object) -> object:
-    return value if isinstance(value, list) else [value]
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _one_of(noun: str, known: Callable[[], Iterable[str]]) -> AfterValidator:
@@ -309,11 +309,11 @@ class Recipe(BaseModel):
         """Return plain data with every default written out."""
         plain = self.model_dump(mode="json", exclude={"passes"})
         plain["passes"] = [{step.name: pass_fields(step)} for step in self.passes]
-        plain["gates"] = {
-            metric: {bound: value for bound, value in gate.items() if value is not None}
-            for metric, gate in plain["gates"].items()
-        }
-        return {name: plain[name] for name in type(self).model_fields if plain[name] is not None}
+        sections = [plain, plain["sampler"], plain["shapes"], plain["evaluate"] or {}, *plain["gates"].values()]
+        for section in sections:
+            for name in [name for name, value in section.items() if value is None]:
+                del section[name]
+        return {name: plain[name] for name in type(self).model_fields if name in plain}
 
     def to_yaml(self) -> str:
         """Write the resolved recipe; reading it back gives an equal recipe."""

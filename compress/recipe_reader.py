@@ -33,8 +33,11 @@ class Places:
     lines: Mapping[KeyPath, str]
 
     def error(self, key: KeyPath, message: str) -> RecipeError:
-        """Return the error for a key; a key that is not there takes the place of what should hold it."""
-        where = next((self.lines[key[:end]] for end in range(len(key), -1, -1) if key[:end] in self.lines), self.source)
+        """Return the error for a key; a key that is not there takes the place of what is in it, or should hold it."""
+        inside = [written for written in self.lines if key and written[: len(key)] == key]
+        around = [key[:end] for end in range(len(key), -1, -1)]
+        known = next((written for written in (key, *inside, *around) if written in self.lines), None)
+        where = self.source if known is None else self.lines[known]
         path = f"{dotted(key)}: " if key else ""
         return RecipeError(f"{where}: {path}{message}")
 
@@ -84,16 +87,20 @@ def validate(model: type[Model], raw: dict[str, Any], places: Places, at: KeyPat
         return model.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         mistakes = error.errors(include_url=False)
-    known_keys = list(places.lines)
+    keys = [_real(raw, mistake["loc"]) for mistake in mistakes]
+    # What is wrong about a list or a mapping as a whole may only follow from what is wrong inside it.
+    inner = [own for own in keys if not any(own != key and key[: len(own)] == own for key in keys)]
+    written = list(places.lines)
 
-    def order(mistake: Any) -> int:
-        key = (*at, *_real(raw, mistake["loc"]))
-        return next((known_keys.index(key[:end]) for end in range(len(key), -1, -1) if key[:end] in places.lines), 0)
+    def order(index: int) -> tuple[bool, int]:
+        key = (*at, *keys[index])
+        nearest_written = next((key[:end] for end in range(len(key), -1, -1) if key[:end] in places.lines), ())
+        return mistakes[index]["type"] == "missing", written.index(nearest_written) if nearest_written else -1
 
-    first = min(mistakes, key=order)
-    key = _real(raw, first["loc"])
-    more = f" ({len(mistakes) - 1} more after this one)" if len(mistakes) > 1 else ""
-    raise places.error((*at, *key), _message(model, key, first) + more)
+    first = min((index for index, key in enumerate(keys) if key in inner), key=order)
+    key, others = keys[first], len(set(inner)) - 1
+    more = f" ({others} more after this one)" if others else ""
+    raise places.error((*at, *key), _message(model, key, mistakes[first]) + more)
 
 
 def read_passes(raw: Any, places: Places) -> tuple[Pass, ...]:
@@ -213,9 +220,7 @@ _BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
-    "too_short": ("as long as", "min_length"),
     "too_long": ("no longer than", "max_length"),
-    "string_too_short": ("as long as", "min_length"),
     "string_too_long": ("no longer than", "max_length"),
 }
 
@@ -228,6 +233,8 @@ def _message(model: type[BaseModel], key: KeyPath, mistake: Any) -> str:
         close = nearest(key[-1], known)
         hint = "" if close is None else f" (did you mean {close!r}?)"
         return f"is not a known key; known: {listed(known)}{hint}"
+    if what in ("too_short", "string_too_short"):
+        return "must not be empty"
     if what == "missing":
         return "is missing"
     if what in ("literal_error", "enum"):

@@ -156,7 +156,7 @@ class _Reader:
             if key in found:
                 raise RecipeError(
                     f"{_place(self.source, key_node.start_mark)}: the key {dotted((*path, key))!r} is there twice; "
-                    f"the first one is on line {lines[key]}"
+                    f"the first is on line {lines[key]}"
                 )
             lines[key] = self.lines[(*path, key)] = line
             found[key] = self._value(value_node, (*path, key))
