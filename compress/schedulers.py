@@ -61,7 +61,7 @@ class SchedulerSetup:
             RefusedError: the scheduler does not take this number of steps or these options.
         """
         try:
-            scheduler: Any = self.cls.from_config(dict(self.config), **self.overrides)  # type: ignore[attr-defined]
+            scheduler: Any = self.cls.from_config(dict(self.config), **self.overrides)
             kwargs = dict(self.timesteps)
             given = kwargs.get("timesteps", kwargs.get("sigmas"))
             if given is None:
@@ -75,7 +75,7 @@ class SchedulerSetup:
         return scheduler
 
     def _needs_count(self) -> bool:
-        parameter = inspect.signature(self.cls.set_timesteps).parameters["num_inference_steps"]  # type: ignore[attr-defined]
+        parameter = inspect.signature(self.cls.set_timesteps).parameters["num_inference_steps"]
         return parameter.default is inspect.Parameter.empty
 
 
@@ -116,8 +116,8 @@ def _sorted(
     cls: type[SchedulerMixin], config: Mapping[str, Any], steps: int, options: Mapping[str, Any]
 ) -> SchedulerSetup:
     constructor = _parameters(cls.__init__)
-    set_timesteps = _parameters(cls.set_timesteps)  # type: ignore[attr-defined]
-    step = _parameters(cls.step)  # type: ignore[attr-defined]
+    set_timesteps = _parameters(cls.set_timesteps)
+    step = _parameters(cls.step)
     sorted_options: dict[str, dict[str, Any]] = {"overrides": {}, "timesteps": {}, "step": {}}
     for key, value in options.items():
         if key in constructor:

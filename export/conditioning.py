@@ -1,15 +1,16 @@
 """Prompts to the conditioning tensors of a denoiser, as the diffusers pipelines make them, with numpy alone.
 
 A specification is plain JSON data. An encoder entry is {"part": "text_encoder", "tokenizer": "tokenizer",
-"max_length": 77} plus, where needed, "hidden_state" (index into the hidden states; absent is the last one after the
-final norm) and "attention_mask": true (the mask is fed to the encoder).
+"max_length": 77}; CLIP encoders of Stable Diffusion 3 also name the outputs they contribute, {"hidden":
+"hidden_states.11", "pooled": "text_embeds"}.
 
-    kind                  encoders                         further keys
-    stable-diffusion      1                                -
-    stable-diffusion-3    2 CLIP (both with hidden_state)  joint_attention_dim, max_sequence_length (of the T5 tokens),
-                                                           and optionally t5: an encoder entry; absent gives zeros
-    pixart                1 (T5, attention_mask)           -
-    class                 0                                null_class, and optionally labels: {name: class}
+    kind                  encoders                     further keys
+    stable-diffusion      one CLIP                     -
+    stable-diffusion-3    CLIPs, then perhaps a T5     joint_attention_dim, max_sequence_length (of the zeros that
+                                                       stand for an absent T5)
+    pixart                one T5                       -
+    class                 none                         classes (the null class comes after them), and perhaps
+                                                       labels: {name: class}
 """
 
 from __future__ import annotations
@@ -67,42 +68,54 @@ def encode(
     return KINDS[kind](spec, tokenizers, functions, prompts)
 
 
-def _run(
-    entry: Mapping[str, Any], tokenizers: Mapping[str, Encodes], functions: Functions, prompts: Sequence[str]
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Run one encoder: its outputs, its sequence of states, and the attention mask."""
-    part, tokenizer = entry["part"], entry["tokenizer"]
-    if part not in functions or tokenizer not in tokenizers:
-        missing = part if part not in functions else tokenizer
-        raise PromptError(f"the model has no {missing!r}, so it cannot read prompts")
-    ids, mask = tokenizers[tokenizer].encode(prompts, int(entry["max_length"]))
-    feeds = {"input_ids": ids, "attention_mask": mask} if entry.get("attention_mask") else {"input_ids": ids}
-    outputs = functions[part](feeds)
-    index = entry.get("hidden_state")
-    return outputs, outputs["last_hidden_state" if index is None else f"hidden_states.{index}"], mask
+def _tokens(
+    entry: Mapping[str, Any], tokenizers: Mapping[str, Encodes], prompts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    name = entry["tokenizer"]
+    if name not in tokenizers:
+        raise PromptError(f"the model has no {name!r}, so it cannot read prompts")
+    return tokenizers[name].encode(prompts, int(entry["max_length"]))
+
+
+def _encoded(entry: Mapping[str, Any], functions: Functions, **feeds: np.ndarray) -> dict[str, np.ndarray]:
+    name = entry["part"]
+    if name not in functions:
+        raise PromptError(f"the model has no {name!r}, so it cannot read prompts")
+    return functions[name](feeds)
 
 
 def _stable_diffusion(
     spec: Mapping[str, Any], tokenizers: Mapping[str, Encodes], functions: Functions, prompts: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    return {"encoder_hidden_states": _run(spec["encoders"][0], tokenizers, functions, prompts)[1]}
+    (entry,) = spec["encoders"]
+    ids, _ = _tokens(entry, tokenizers, prompts)
+    return {"encoder_hidden_states": _encoded(entry, functions, input_ids=ids)["last_hidden_state"]}
 
 
 def _stable_diffusion_3(
     spec: Mapping[str, Any], tokenizers: Mapping[str, Encodes], functions: Functions, prompts: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """CLIP states side by side, padded to the width of T5, T5 states after them; pooled embeddings side by side."""
-    clips = [_run(entry, tokenizers, functions, prompts) for entry in spec["encoders"]]
-    states = np.concatenate([state for _, state, _ in clips], axis=-1)
-    width = int(spec["joint_attention_dim"])
-    states = np.pad(states, ((0, 0), (0, 0), (0, width - states.shape[-1])))
-    if spec.get("t5") is None:
+    """CLIP states side by side, padded to the width of T5, T5 states after them; pooled embeddings side by side.
+
+    Source: Esser et al. 2024, arXiv 2403.03206, section 4. T5 sees its padding: the pipeline gives it no mask.
+    """
+    states, pooled, long = [], [], None
+    for entry in spec["encoders"]:
+        ids, mask = _tokens(entry, tokenizers, prompts)
+        if "pooled" in entry:
+            outputs = _encoded(entry, functions, input_ids=ids)
+            states.append(outputs[entry["hidden"]])
+            pooled.append(outputs[entry["pooled"]])
+        else:
+            seen = np.ones_like(mask)
+            long = _encoded(entry, functions, input_ids=ids, attention_mask=seen)["last_hidden_state"]
+    short, width = np.concatenate(states, axis=-1), int(spec["joint_attention_dim"])
+    short = np.pad(short, ((0, 0), (0, 0), (0, width - short.shape[-1])))
+    if long is None:
         long = np.zeros((len(prompts), int(spec["max_sequence_length"]), width), np.float32)
-    else:
-        long = _run(spec["t5"], tokenizers, functions, prompts)[1]
     return {
-        "encoder_hidden_states": np.concatenate([states, long], axis=1),
-        "pooled_projections": np.concatenate([outputs["text_embeds"] for outputs, _, _ in clips], axis=-1),
+        "encoder_hidden_states": np.concatenate([short, long], axis=1),
+        "pooled_projections": np.concatenate(pooled, axis=-1),
     }
 
 
@@ -110,28 +123,28 @@ def _pixart(
     spec: Mapping[str, Any], tokenizers: Mapping[str, Encodes], functions: Functions, prompts: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Prompts in lower case, as the pipeline does without caption cleaning."""
-    cleaned = [prompt.lower().strip() for prompt in prompts]
-    _, states, mask = _run(spec["encoders"][0], tokenizers, functions, cleaned)
+    (entry,) = spec["encoders"]
+    ids, mask = _tokens(entry, tokenizers, [prompt.lower().strip() for prompt in prompts])
+    states = _encoded(entry, functions, input_ids=ids, attention_mask=mask)["last_hidden_state"]
     return {"encoder_hidden_states": states, "encoder_attention_mask": mask.astype(np.float32)}
 
 
 def _class(
     spec: Mapping[str, Any], tokenizers: Mapping[str, Encodes], functions: Functions, prompts: Sequence[Any]
 ) -> dict[str, np.ndarray]:
-    null = int(spec["null_class"])
     labels = {str(name): int(number) for name, number in (spec.get("labels") or {}).items()}
-    return {"class_labels": np.array([_label(prompt, labels, null) for prompt in prompts], np.int64)}
+    return {"class_labels": np.array([_label(prompt, labels, int(spec["classes"])) for prompt in prompts], np.int64)}
 
 
-def _label(prompt: Any, labels: Mapping[str, int], null: int) -> int:
+def _label(prompt: Any, labels: Mapping[str, int], classes: int) -> int:
     name = str(prompt).strip()
     if name == UNCONDITIONAL:
-        return null
+        return classes
     if name in labels:
         return labels[name]
-    if name.isdecimal() and int(name) < null:
+    if name.isdecimal() and int(name) < classes:
         return int(name)
-    raise PromptError(f"there is no class {prompt!r}; classes are the numbers 0 to {null - 1} and the model's labels")
+    raise PromptError(f"there is no class {prompt!r}; classes are 0 to {classes - 1} and the labels of the model")
 
 
 KINDS: dict[str, Callable[..., dict[str, np.ndarray]]] = {

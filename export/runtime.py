@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +9,15 @@ from typing import Any
 import numpy as np
 
 from export import conditioning as text
+from export.loop import Inpainting, Loop, OnStep, PartFunction, Row, look_up, noised
 from export.noise import INITIAL, noise
 from export.picture import from_pictures, to_pictures
 from export.start import start_row, started_at
-from export.step_plan import Step, StepPlan, StepPlanError
-
-PartFunction = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-"""Named arrays in, named arrays out. It neither writes to its inputs nor keeps them, nor changes its outputs later."""
+from export.step_plan import StepPlan, StepPlanError
 
 Prompts = Sequence[Any]
 Conditioning = Mapping[str, np.ndarray]
 NoiseSource = np.ndarray | Callable[[int, tuple[int, ...]], np.ndarray]
-OnStep = Callable[[int, np.ndarray, dict[str, np.ndarray]], None]
 
 
 class RuntimeInputError(ValueError):
@@ -30,26 +26,20 @@ class RuntimeInputError(ValueError):
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What a latent is: `channels`, pixels per latent pixel, and how the VAE's own latents are scaled.
+    """What a latent is.
 
-    latent = (vae latent - shift_factor) * scaling_factor
+    Attributes:
+        channels: of the latent.
+        downscale: pixels of the picture per latent pixel, in each direction.
+        scaling_factor, shift_factor: latent = (vae latent - shift_factor) * scaling_factor.
+        multiple: height and width of the latent are multiples of this.
     """
 
     channels: int
     downscale: int = 8
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of a plan, looked up: what runs, on which halves of the guidance batch, and what the slots do."""
-
-    step: Step
-    calls: tuple[tuple[PartFunction, tuple[str, ...], tuple[str, ...]], ...]
-    both: bool
-    reads: tuple[tuple[str, str | None, str, tuple[float, ...]], ...]
-    writes: tuple[tuple[str, str, str | None], ...]
+    multiple: int = 1
 
 
 class Runtime:
@@ -106,7 +96,7 @@ class Runtime:
         self._timestep_rank = timestep_rank
         self._timestep_dtype = np.dtype(timestep_dtype)
         self._full = "full" if "full" in plan.paths else next(iter(plan.paths))
-        self._programs: dict[int, tuple[StepPlan, list[_Row]]] = {}
+        self._programs: dict[int, tuple[StepPlan, list[Row]]] = {}
 
     def encode(self, prompts: Prompts) -> dict[str, np.ndarray]:
         """Turn prompts (or class labels) into the conditioning tensors of the denoiser, one row per prompt.
@@ -175,93 +165,10 @@ class Runtime:
         if image is None or (mask is not None and start == 0):
             first = np.float32(plan.init_noise_sigma) * start_noise
         else:
-            first = _noised(image, start_noise, rows[0].step)
-        return self._loop(plan, rows, halves, first, start, draw, image, mask, start_noise, on_step)
-
-    def _loop(
-        self,
-        plan: StepPlan,
-        rows: Sequence[_Row],
-        halves: Mapping[bool, Conditioning],
-        first: np.ndarray,
-        start: int,
-        draw: Callable[[int, tuple[int, ...]], np.ndarray],
-        image: np.ndarray | None,
-        mask: np.ndarray | None,
-        start_noise: np.ndarray,
-        on_step: OnStep | None,
-    ) -> np.ndarray:
-        samples, shape = first.shape[0], first.shape
-        keep_x, keep_m = plan.history()
-        latents = _History(keep_x, shape)
-        outputs = _History(keep_m, shape)
-        latents.push()[...] = first
-        total, term = np.empty(shape, np.float64), np.empty(shape, np.float64)
-        batch = np.empty((2 * samples, *shape[1:]), np.float32)
-        times = np.empty(2 * samples, self._timestep_dtype)
-        slots = {name: deque[np.ndarray](maxlen=slot.history) for name, slot in plan.slots.items()}
-        for at, row in enumerate(rows):
-            step = row.step
-            size = 2 * samples if row.both else samples
-            np.multiply(latents[0], np.float32(step.input_scale), out=batch[:samples])
-            if row.both:
-                batch[samples:] = batch[:samples]
-            times[:size] = step.t
-            tensors = dict(halves[row.both])
-            tensors[self.latent_input] = batch[:size]
-            tensors["timestep"] = times[:size] if self._timestep_rank else times[0]
-            raw = self._network(plan, row, tensors, slots, size)
-            guided = outputs.push()
-            if step.guidance == "cfg":
-                np.subtract(raw[samples:], raw[:samples], out=guided)
-                guided *= np.float32(step.guidance_scale)
-                guided += raw[:samples]
-            else:
-                guided[...] = raw[-samples:]
-            total.fill(0.0)
-            for lag, coefficient in step.x.items():
-                np.multiply(latents[lag], coefficient, out=term)
-                total += term
-            for lag, coefficient in step.m.items():
-                np.multiply(outputs[lag], coefficient, out=term)
-                total += term
-            if step.noise:
-                np.multiply(draw(start + at + 1, shape), step.noise, out=term)
-                total += term
-            after = latents.push()
-            after[...] = total
-            if image is not None and mask is not None:
-                known = image if at + 1 == len(rows) else _noised(image, start_noise, rows[at + 1].step)
-                after[...] = (1.0 - mask) * known + mask * after
-            if on_step is not None:
-                on_step(start + at, after.copy(), {name: np.array(value) for name, value in tensors.items()})
-        return latents[0].copy()
-
-    def _network(
-        self,
-        plan: StepPlan,
-        row: _Row,
-        tensors: dict[str, np.ndarray],
-        slots: Mapping[str, deque[np.ndarray]],
-        size: int,
-    ) -> np.ndarray:
-        """Run the path of a row; `tensors` gains every tensor computed, the slots what the row writes."""
-        pending = list(row.reads)
-        for function, names, out in row.calls:
-            for read in pending[:]:
-                tensor, base, name, alphas = read
-                if tensor in names and (base is None or base in tensors):
-                    tensors[tensor] = _forecast(slots[name], alphas, size, None if base is None else tensors[base])
-                    pending.remove(read)
-            computed = function({name: tensors[name] for name in names})
-            for name in out:
-                tensors[name] = computed[name]
-        for tensor, base, name, alphas in pending:
-            tensors[tensor] = _forecast(slots[name], alphas, size, None if base is None else tensors[base])
-        for name, tensor, base in row.writes:
-            value = np.array(tensors[tensor]) if base is None else tensors[tensor] - tensors[base]
-            slots[name].appendleft(value)
-        return tensors[plan.output]
+            first = noised(image, start_noise, rows[0].step)
+        keep = None if mask is None or image is None else Inpainting(image, mask, start_noise)
+        loop = Loop(plan, rows, self.latent_input, self._timestep_rank, self._timestep_dtype)
+        return loop.run(first, halves, lambda row: draw(start + row + 1, shape), keep, _shifted(on_step, start))
 
     def denoise(self, latents: np.ndarray, t: float | np.ndarray, conditioning: Prompts | Conditioning) -> np.ndarray:
         """The network output of the whole denoiser at `latents`, without guidance or input scaling (the score oracle).
@@ -358,13 +265,13 @@ class Runtime:
         except StepPlanError as error:
             raise RuntimeInputError(str(error)) from error
 
-    def _program(self, start: int) -> tuple[StepPlan, list[_Row]]:
+    def _program(self, start: int) -> tuple[StepPlan, list[Row]]:
         if start not in self._programs:
             try:
                 plan = started_at(self.plan, start)
             except StepPlanError as error:
                 raise RuntimeInputError(str(error)) from error
-            self._programs[start] = plan, _lookup(plan, self.functions)
+            self._programs[start] = plan, look_up(plan, self.functions)
         return self._programs[start]
 
     def _conditioned(self, prompts: Prompts | Conditioning) -> tuple[dict[str, np.ndarray], int]:
@@ -397,16 +304,16 @@ class Runtime:
         noise: NoiseSource | None,
         image: np.ndarray | None,
     ) -> tuple[int, ...]:
+        step = self.latent.downscale * self.latent.multiple
         like = noise if isinstance(noise, np.ndarray) else image
-        if (height is None) != (width is None) or (height is None and like is None):
-            raise RuntimeInputError("give height and width in pixels")
+        if height is None and width is None and like is not None and np.ndim(like) == 4:
+            height, width = (self.latent.downscale * size for size in np.shape(like)[-2:])
         if height is None or width is None:
-            return (samples, self.latent.channels, *np.shape(like)[-2:])
-        step = self.latent.downscale
+            raise RuntimeInputError("give height and width in pixels")
         for name, value in (("height", height), ("width", width)):
             if value < step or value % step:
                 raise RuntimeInputError(f"{name} must be a positive multiple of {step} pixels, not {value}")
-        return samples, self.latent.channels, height // step, width // step
+        return samples, self.latent.channels, height // self.latent.downscale, width // self.latent.downscale
 
     def _noise_source(
         self,
@@ -414,7 +321,7 @@ class Runtime:
         seeds: Sequence[int] | None,
         shape: tuple[int, ...],
         start: int,
-        rows: Sequence[_Row],
+        rows: Sequence[Row],
     ) -> Callable[[int, tuple[int, ...]], np.ndarray]:
         draws = [INITIAL, *(start + at + 1 for at, row in enumerate(rows) if row.step.noise)]
         initial = self._fitting("noise", given, shape, exact=True) if isinstance(given, np.ndarray) else None
@@ -445,61 +352,7 @@ class Runtime:
         return array
 
 
-class _History:
-    """The last few arrays of one shape, newest first, in buffers that are used again."""
-
-    def __init__(self, length: int, shape: tuple[int, ...]) -> None:
-        self._kept = deque(np.zeros(shape, np.float32) for _ in range(length))
-
-    def push(self) -> np.ndarray:
-        """Forget the oldest; its buffer, now the newest, is to be filled."""
-        self._kept.rotate(1)
-        return self._kept[0]
-
-    def __getitem__(self, lag: int) -> np.ndarray:
-        return self._kept[lag]
-
-
-def _lookup(plan: StepPlan, functions: Mapping[str, PartFunction]) -> list[_Row]:
-    rows = []
-    for step, both in zip(plan.steps, _both_halves(plan), strict=True):
-        reads = tuple(
-            (plan.slots[name].tensor, plan.slots[name].base, name, alphas) for name, alphas in step.read.items()
-        )
-        path = plan.paths[step.path]
-        if any(plan.slots[name].kind == "output" for name in step.read):
-            path = ()
-        calls = tuple((functions[name], plan.segments[name].inputs, plan.segments[name].outputs) for name in path)
-        writes = tuple((name, plan.slots[name].tensor, plan.slots[name].base) for name in step.write)
-        rows.append(_Row(step, calls, both, reads, writes))
-    return rows
-
-
-def _both_halves(plan: StepPlan) -> list[bool]:
-    """Whether each row runs both guidance halves: it is guided, or such a row reads a slot value that it wrote."""
-    both = [step.guidance == "cfg" for step in plan.steps]
-    writers: dict[str, deque[int]] = {name: deque(maxlen=slot.history) for name, slot in plan.slots.items()}
-    sources: list[list[int]] = []
-    for row, step in enumerate(plan.steps):
-        sources.append([at for name, alphas in step.read.items() for at in list(writers[name])[: len(alphas)]])
-        for name in step.write:
-            writers[name].appendleft(row)
-    for row in reversed(range(len(both))):
-        if both[row]:
-            for at in sources[row]:
-                both[at] = True
-    return both
-
-
-def _forecast(kept: deque[np.ndarray], alphas: Sequence[float], size: int, base: np.ndarray | None) -> np.ndarray:
-    """`sum_i alphas[i] * kept[i]` (+ base), of the last `size` rows: the conditional half where only that one runs."""
-    value = kept[0][-size:]
-    if tuple(alphas) != (1.0,):
-        value = value * np.float32(alphas[0])
-        for alpha, older in zip(alphas[1:], list(kept)[1:], strict=False):
-            value += older[-size:] * np.float32(alpha)
-    return value if base is None else base + value
-
-
-def _noised(image: np.ndarray, start_noise: np.ndarray, step: Step) -> np.ndarray:
-    return np.float32(step.signal) * image + np.float32(step.sigma) * start_noise
+def _shifted(on_step: OnStep | None, start: int) -> OnStep | None:
+    if on_step is None or not start:
+        return on_step
+    return lambda row, latents, tensors: on_step(start + row, latents, tensors)
