@@ -1,1 +1,140 @@
-"""Runtimes behind one call: load(graph file) gives a function from named arrays to named arrays."""
+"""Runtimes behind one call: `load` a graph file, get a function from named arrays to named arrays."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from export.errors import EngineError
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph: NumPy dtype name, and one size per dimension (None where it may vary)."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a runtime executed: the kind of operation, and the precision it computed in (`int8`, `bf16`, `f32`, ...)."""
+
+    operation: str
+    precision: str
+
+
+class LoadedGraph(Protocol):
+    """A graph ready to run. Thread-safe; keeps no reference to its inputs, and its outputs are the caller's own."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run. Arrays the graph does not take are ignored.
+
+        Raises:
+            EngineError: an input is missing, or does not have the dtype or shape of the graph.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """What a module of this package offers."""
+
+    def load(self, path: Path, threads: int | None, options: Mapping[str, Any]) -> LoadedGraph:
+        """Read a graph and its weights.
+
+        Args:
+            path: of the `.onnx` file; its weight pool lies beside it.
+            threads: to compute with; None leaves the choice to the runtime.
+            options: of this backend, as the manifest keeps them.
+
+        Raises:
+            EngineError: the graph cannot be read or compiled, or an option is unknown.
+        """
+        ...
+
+    def executed_kernels(
+        self, path: Path, inputs: Mapping[str, np.ndarray], options: Mapping[str, Any]
+    ) -> dict[str, Kernel]:
+        """Run once on one thread and tell what ran: node name -> kernel, from the runtime's own records."""
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """A backend: its module here, the package it needs, and what a user types to get that package."""
+
+    module: str
+    package: str
+    install: str
+
+
+BACKENDS: dict[str, Row] = {
+    "onnxruntime": Row("export.backends.onnxruntime", "onnxruntime", "pip install onnxruntime"),
+    "openvino": Row("export.backends.openvino", "openvino", "pip install 'latent-compress[openvino]'"),
+}
+
+
+def available(name: str) -> bool:
+    """Whether the package of a backend is installed."""
+    return name in BACKENDS and importlib.util.find_spec(BACKENDS[name].package) is not None
+
+
+def backend(name: str) -> Backend:
+    """Import a backend.
+
+    Raises:
+        EngineError: it is unknown, or its package is missing or broken.
+    """
+    if name not in BACKENDS:
+        raise EngineError(f"the backend {name!r} is unknown; known backends: {', '.join(BACKENDS)}")
+    row = BACKENDS[name]
+    try:
+        module: Any = importlib.import_module(row.module)
+    except ImportError as error:
+        raise EngineError(f"the backend {name!r} cannot be imported ({error}): {row.install}") from error
+    return module
+
+
+def check_options(name: str, given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse options a backend does not have.
+
+    Raises:
+        EngineError: names the option and what is allowed.
+    """
+    for key, value in given.items():
+        if key not in allowed:
+            known = ", ".join(allowed) or "none"
+            raise EngineError(f"the backend {name!r} has no option {key!r}; its options: {known}")
+        if value not in allowed[key]:
+            raise EngineError(f"the option {key!r} of the backend {name!r} is one of {allowed[key]}, not {value!r}")
+
+
+def feeds(arrays: Mapping[str, np.ndarray], inputs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
+    """Pick the inputs of a graph from `arrays`, contiguous and checked.
+
+    Raises:
+        EngineError: one is missing, or has another dtype or shape.
+    """
+    found = {}
+    for name, spec in inputs.items():
+        array = arrays.get(name)
+        if array is None:
+            raise EngineError(f"the graph takes {name!r}, which was not given")
+        if array.dtype.name != spec.dtype:
+            raise EngineError(f"{name!r} is {array.dtype.name}, but the graph takes {spec.dtype}")
+        if array.ndim != len(spec.shape) or any(
+            size is not None and size != have for size, have in zip(spec.shape, array.shape, strict=True)
+        ):
+            wanted = ", ".join("any" if size is None else str(size) for size in spec.shape)
+            raise EngineError(f"{name!r} has the shape {array.shape}, but the graph takes ({wanted})")
+        found[name] = array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    return found

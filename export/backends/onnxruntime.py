@@ -1,0 +1,111 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from export.backends import Kernel, TensorSpec, check_options, feeds
+from export.errors import EngineError
+
+OPTIONS: dict[str, tuple[Any, ...]] = {"inference_precision": ("f32", "bf16")}
+"""`inference_precision` is taken so that one manifest serves every backend; this one always computes in float32."""
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(bool)": "bool",
+}
+_PRECISIONS = {"float": "f32", "float16": "f16", "double": "f64", "uint8": "int8"}
+_WARNINGS = 3
+
+# This fusion turns `MatMul of dequantized tensors, Add of a float bias` into a Gemm, which no integer kernel matches;
+# the layer would run in float, slower than if it had not been quantized (microsoft/onnxruntime issue 11961).
+_DISABLED = ["MatMulAddFusion"]
+
+
+class _Session:
+    """One inference session. `run` may be called from several threads; each call owns its outputs."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.inputs = {value.name: _spec(value) for value in session.get_inputs()}
+        self.outputs = {value.name: _spec(value) for value in session.get_outputs()}
+        self._names = list(self.outputs)
+
+    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        given = feeds(arrays, self.inputs)
+        try:
+            computed = self._session.run(self._names, given)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime could not run the graph: {_sentence(error)}") from error
+        return dict(zip(self._names, computed, strict=True))
+
+
+def load(path: Path, threads: int | None, options: Mapping[str, Any]) -> _Session:
+    """Read a graph and its weights, see `export.backends.Backend`."""
+    check_options("onnxruntime", options, OPTIONS)
+    return _Session(_session(path, _settings(threads)))
+
+
+def executed_kernels(path: Path, inputs: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> dict[str, Kernel]:
+    """Node name -> kernel, from the profile of one run; the precision is that of the first tensor a kernel reads."""
+    check_options("onnxruntime", options, OPTIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = _settings(1)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(folder) / "profile")
+        session = _session(path, settings)
+        _Session(session)(inputs)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = {}
+    for event in events:
+        name = event["name"].removesuffix("_kernel_time")
+        if event.get("cat") != "Node" or name == event["name"]:
+            continue
+        shapes = event["args"].get("input_type_shape") or [{}]
+        dtype = next(iter(shapes[0]), "none")
+        kernels[name] = Kernel(event["args"]["op_name"], _PRECISIONS.get(dtype, dtype))
+    return kernels
+
+
+def _settings(threads: int | None) -> Any:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads or 0
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.log_severity_level = _WARNINGS
+    # An engine is several sessions that run in turn: one that waits must not keep the cores of the next one busy.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    return settings
+
+
+def _session(path: Path, settings: Any) -> Any:
+    try:
+        return onnxruntime.InferenceSession(
+            str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
+        )
+    except Exception as error:
+        raise EngineError(f"ONNX Runtime cannot load {path.name}: {_sentence(error)}") from error
+
+
+def _spec(value: Any) -> TensorSpec:
+    if value.type not in _DTYPES:
+        raise EngineError(f"the graph has a tensor {value.name!r} of type {value.type}, which no engine has")
+    return TensorSpec(_DTYPES[value.type], tuple(size if isinstance(size, int) else None for size in value.shape))
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,71 @@
+"""Target rows: a device, the runtime that serves it, the graph dialect it wants, and what is really fast there."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from export.errors import EngineError
+
+Execution = Literal["native", "storage only", "simulated"]
+"""How a number format runs: on kernels of that format; widened when loaded; emulated in float."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an engine runs.
+
+    Attributes:
+        name: what a recipe calls it.
+        device: the kind of hardware.
+        backend: the runtime, a key of `export.backends.BACKENDS`.
+        dialect: of the quantized graphs, a key of `export.qdq.DIALECTS`.
+        formats: scheme name -> how it runs here; a scheme that is absent cannot be built for this target.
+    """
+
+    name: str
+    device: str
+    backend: str
+    dialect: str
+    formats: Mapping[str, Execution]
+
+    @property
+    def fast_formats(self) -> tuple[str, ...]:
+        """The schemes that run on kernels of their own format here."""
+        return tuple(name for name, execution in self.formats.items() if execution == "native")
+
+
+TARGETS: dict[str, Target] = {
+    row.name: row
+    for row in (
+        Target(
+            name="openvino-cpu",
+            device="cpu",
+            backend="openvino",
+            dialect="openvino",
+            formats={"float32": "native", "float16": "storage only", "bf16": "native", "int8-w8a8": "native"},
+        ),
+        Target(
+            name="onnxruntime-cpu",
+            device="cpu",
+            backend="onnxruntime",
+            dialect="onnxruntime",
+            formats={"float32": "native", "float16": "storage only", "bf16": "storage only", "int8-w8a8": "native"},
+        ),
+    )
+}
+
+
+def target(name: str) -> Target:
+    """Look a target up.
+
+    Raises:
+        EngineError: the name is unknown; gives the nearest one and all that exist.
+    """
+    if name not in TARGETS:
+        near = difflib.get_close_matches(str(name), TARGETS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise EngineError(f"the target {name!r} is unknown{hint} known targets: {', '.join(TARGETS)}")
+    return TARGETS[name]
