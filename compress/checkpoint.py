@@ -82,6 +82,8 @@ def read_weights(root: Path, component: str, stem: str) -> Weights:
     """Find and check the weights of a component: every file complete, every number finite.
 
     Args:
+        root: of the model.
+        component: its folder in `root`.
         stem: of the file name, `diffusion_pytorch_model` (diffusers) or `model` (transformers).
 
     Raises:
@@ -132,7 +134,7 @@ def _check_file(path: Path) -> int:
     parameters = 0
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
+            for name in file.keys():
                 tensor = file.get_tensor(name)
                 parameters += tensor.numel()
                 if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():

@@ -12,28 +12,52 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import nn
 
 from compress.checkpoint import Weights, inside, read_json, read_weights, refusing
 from compress.errors import RefusedError
-from compress.families import FAMILIES, Family
+from compress.families import FAMILIES, Family, Network
 from compress.nearest import unknown
 from compress.parts import TEXT_ENCODERS
 
-PIPELINES: dict[str, str] = {
-    "StableDiffusionPipeline": "UNet2DConditionModel",
-    "StableDiffusionImg2ImgPipeline": "UNet2DConditionModel",
-    "StableDiffusionInpaintPipeline": "UNet2DConditionModel",
-    "StableDiffusion3Pipeline": "SD3Transformer2DModel",
-    "StableDiffusion3Img2ImgPipeline": "SD3Transformer2DModel",
-    "StableDiffusion3InpaintPipeline": "SD3Transformer2DModel",
-    "DiTPipeline": "DiTTransformer2DModel",
-    "PixArtAlphaPipeline": "PixArtTransformer2DModel",
-    "PixArtSigmaPipeline": "PixArtTransformer2DModel",
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a diffusers pipeline consists of, beside VAE, scheduler and one tokenizer per text encoder.
+
+    Attributes:
+        denoiser: its class.
+        encoders: text encoder -> class.
+        optional: text encoders the pipeline also runs without.
+    """
+
+    denoiser: str
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, str] = field(default_factory=dict)
+
+
+_STABLE_DIFFUSION = Pipeline("UNet2DConditionModel", {"text_encoder": "CLIPTextModel"})
+_STABLE_DIFFUSION_3 = Pipeline(
+    "SD3Transformer2DModel",
+    {"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
+    optional={"text_encoder_3": "T5EncoderModel"},
+)
+_PIXART = Pipeline("PixArtTransformer2DModel", {"text_encoder": "T5EncoderModel"})
+
+PIPELINES: dict[str, Pipeline] = {
+    "StableDiffusionPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionInpaintPipeline": _STABLE_DIFFUSION,
+    "StableDiffusion3Pipeline": _STABLE_DIFFUSION_3,
+    "StableDiffusion3Img2ImgPipeline": _STABLE_DIFFUSION_3,
+    "StableDiffusion3InpaintPipeline": _STABLE_DIFFUSION_3,
+    "PixArtAlphaPipeline": _PIXART,
+    "PixArtSigmaPipeline": _PIXART,
+    "DiTPipeline": Pipeline("DiTTransformer2DModel"),
 }
-"""diffusers pipeline class -> the class of its denoiser."""
+"""diffusers pipeline class -> what it consists of."""
 
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+_LIMITS = {"sample_size": 2048, "pos_embed_max_size": 512, "num_layers": 512, "num_hidden_layers": 512}
 _MAX_RATIO = 2.0
 
 
@@ -43,9 +67,9 @@ class Components:
 
     index: dict[str, Any]
     family: Family
-    denoiser: nn.Module
-    vae: nn.Module
-    text_encoders: dict[str, nn.Module]
+    denoiser: Network
+    vae: Network
+    text_encoders: dict[str, Network]
     tokenizers: dict[str, Any]
     scheduler_config: dict[str, Any]
     ignored: list[str] = field(default_factory=list)
@@ -60,66 +84,82 @@ def load_components(root: Path) -> Components:
     if not root.is_dir():
         raise RefusedError(f"{root} is not a folder: give the path of a diffusers model folder")
     index = read_json(root, "model_index.json")
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise RefusedError(f"{root / 'model_index.json'}: {unknown(pipeline, 'a known pipeline', PIPELINES)}")
-    named = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
-    family = FAMILIES[PIPELINES[pipeline]]
-    denoiser = _module(root, named, family.part, {family.denoiser_class})
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise RefusedError(f"{root / 'model_index.json'}: {unknown(name, 'a supported pipeline', PIPELINES)}")
+    pipeline, classes = PIPELINES[name], _classes(root, index)
+    family = FAMILIES[pipeline.denoiser]
+    encoders = dict(pipeline.encoders) | {key: value for key, value in pipeline.optional.items() if key in classes}
+    tokenizers = [encoder.replace("text_encoder", "tokenizer") for encoder in encoders]
+    read = [family.part, "vae", "scheduler", *encoders, *tokenizers]
+    if lacking := [component for component in read if component not in classes]:
+        raise RefusedError(f"{root / 'model_index.json'} has no {lacking[0]!r}: the pipeline cannot run without it")
+    if left := sorted(set(classes) - {*read, *_UNUSED}):
+        raise RefusedError(f"{root / 'model_index.json'}: {unknown(left[0], f'a component of {name}', read)}")
+    denoiser = _network(root, classes, family.part, pipeline.denoiser)
     family.check(denoiser)
-    encoders = [name for name in named if name.startswith("text_encoder")]
-    components = Components(
+    return Components(
         index=index,
         family=family,
         denoiser=denoiser,
-        vae=_module(root, named, "vae", {"AutoencoderKL"}),
-        text_encoders={name: _module(root, named, name, set(TEXT_ENCODERS)) for name in sorted(encoders)},
-        tokenizers={name: _tokenizer(root, name) for name in sorted(named) if name.startswith("tokenizer")},
-        scheduler_config=_scheduler_config(root, named),
-        ignored=[name for name in named if name in _UNUSED],
+        vae=_network(root, classes, "vae", "AutoencoderKL"),
+        text_encoders={encoder: _network(root, classes, encoder, known) for encoder, known in encoders.items()},
+        tokenizers={tokenizer: _tokenizer(root, tokenizer) for tokenizer in tokenizers},
+        scheduler_config=_scheduler_config(root, classes),
+        ignored=[component for component in _UNUSED if component in classes],
     )
-    read = {family.part, "vae", "scheduler", *components.text_encoders, *components.tokenizers, *components.ignored}
-    if left := sorted(set(named) - read):
-        raise RefusedError(
-            f"{root / 'model_index.json'}: {unknown(left[0], 'a component of ' + pipeline, sorted(read))}"
-        )
-    return components
 
 
-def _module(root: Path, named: Mapping[str, Any], name: str, classes: set[str]) -> nn.Module:
-    """Load one network: its class must be among `classes`, its weights exactly those its configuration describes."""
-    if name not in named:
-        raise RefusedError(f"{root / 'model_index.json'} has no {name!r}: the pipeline cannot run without it")
-    library, class_name = (*named[name], None, None)[:2]
-    if class_name not in classes:
+def _classes(root: Path, index: dict[str, Any]) -> dict[str, str]:
+    """Component -> class name, for the components there are."""
+    classes = {}
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry != [None, None]:
+            if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+                raise RefusedError(f"{root / 'model_index.json'}: {name!r} must be [library, class], not {entry!r}")
+            classes[name] = entry[1]
+    return classes
+
+
+def _network(root: Path, classes: Mapping[str, str], name: str, class_name: str) -> Network:
+    """Load one network: its class must be the one that is known, its weights those its configuration describes."""
+    if classes[name] != class_name:
         raise RefusedError(
-            f"{root / 'model_index.json'}: {unknown(class_name, f'a known class of {name!r}', sorted(classes))}"
+            f"{root / 'model_index.json'}: {unknown(classes[name], f'a supported class of {name!r}', [class_name])}"
         )
-    config = read_json(root, f"{name}/config.json")
-    declared = config.get("_class_name", (config.get("architectures") or [class_name])[0])
-    where = root / name / "config.json"
-    if declared != class_name:
-        raise RefusedError(f"{where} describes a {declared}, but model_index.json says {class_name}: one is wrong")
-    if config.get("quantization_config") is not None:
-        raise RefusedError(f"{where} describes quantized weights: start from the float checkpoint")
-    ours = library == "diffusers"
+    config, where = read_json(root, f"{name}/config.json"), root / name / "config.json"
+    _check_config(config, where, class_name)
+    ours = class_name not in TEXT_ENCODERS
+    cls: Any = getattr(diffusers if ours else transformers, class_name)
     weights = read_weights(root, name, "diffusion_pytorch_model" if ours else "model")
-    cls = getattr(diffusers if ours else transformers, class_name)
-    with _quiet(), refusing(f"{where} does not describe a {class_name}"), torch.device("meta"):
+    with quiet(), refusing(f"{where} does not describe a {class_name}"), torch.device("meta"):
         empty = cls.from_config(config) if ours else cls(cls.config_class.from_dict(config))
-    expected = sum(tensor.numel() for tensor in empty.state_dict().values())
-    if not 1 / _MAX_RATIO <= expected / max(1, weights.parameters) <= _MAX_RATIO:
+    described = sum(tensor.numel() for tensor in empty.state_dict().values())
+    if not 1 / _MAX_RATIO <= described / max(1, weights.parameters) <= _MAX_RATIO:
         raise RefusedError(
-            f"{where} describes {expected} parameters, but {weights.files[0].name} holds {weights.parameters}: "
+            f"{where} describes {described} parameters, but {weights.files[0].name} holds {weights.parameters}: "
             "they are not of the same model"
         )
-    with _quiet(), refusing(f"{root / name} cannot be loaded as {class_name}"):
-        module, info = _read(cls, root, name, ours, weights)
+    with quiet(), refusing(f"{root / name} cannot be loaded as {class_name}"):
+        network, info = _read(cls, root / name, ours, weights)
     _check_keys(weights.files[0], class_name, info)
-    return module.float().eval().requires_grad_(False)
+    return network.float().eval().requires_grad_(False)
 
 
-def _read(cls: Any, root: Path, name: str, ours: bool, weights: Weights) -> tuple[nn.Module, Mapping[str, Any]]:
+def _check_config(config: dict[str, Any], where: Path, class_name: str) -> None:
+    declared = config.get("_class_name") or config.get("architectures") or class_name
+    if declared not in (class_name, [class_name]):
+        raise RefusedError(f"{where} describes {declared!r}, but model_index.json says {class_name}: one is wrong")
+    if config.get("quantization_config") is not None:
+        raise RefusedError(f"{where} describes quantized weights: start from the float checkpoint")
+    if "sample_size" in config and not isinstance(config["sample_size"], int):
+        raise RefusedError(f"{where}: sample_size is {config['sample_size']!r}; it must be one whole number")
+    for key, limit in _LIMITS.items():
+        if isinstance(value := config.get(key), int) and value > limit:
+            raise RefusedError(f"{where}: {key} is {value}; at most {limit} is supported")
+
+
+def _read(cls: Any, folder: Path, ours: bool, weights: Weights) -> tuple[Network, Mapping[str, Any]]:
     options: dict[str, Any] = {
         "use_safetensors": True,
         "local_files_only": True,
@@ -128,8 +168,8 @@ def _read(cls: Any, root: Path, name: str, ours: bool, weights: Weights) -> tupl
         "variant": weights.variant,
     }
     if ours:
-        return cls.from_pretrained(root / name, torch_dtype=torch.float32, low_cpu_mem_usage=False, **options)
-    return cls.from_pretrained(root / name, dtype=torch.float32, **options)
+        return cls.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, **options)
+    return cls.from_pretrained(folder, dtype=torch.float32, **options)
 
 
 def _check_keys(file: Path, class_name: str, info: Mapping[str, Any]) -> None:
@@ -152,24 +192,22 @@ def _tokenizer(root: Path, name: str) -> Any:
     for path in folder.rglob("*"):
         inside(root, str(path.relative_to(root)))
     read_json(root, f"{name}/tokenizer_config.json")
-    with _quiet(), refusing(f"{folder} cannot be loaded as a fast tokenizer (a tokenizer.json is the surest form)"):
+    with quiet(), refusing(f"{folder} cannot be loaded as a fast tokenizer (a tokenizer.json is the surest form)"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise RefusedError(f"{folder} holds no fast tokenizer: save one with a tokenizer.json")
     return tokenizer
 
 
-def _scheduler_config(root: Path, named: Mapping[str, Any]) -> dict[str, Any]:
-    if "scheduler" not in named:
-        raise RefusedError(f"{root / 'model_index.json'} has no 'scheduler': the pipeline cannot run without it")
+def _scheduler_config(root: Path, classes: Mapping[str, str]) -> dict[str, Any]:
     config = read_json(root, "scheduler/scheduler_config.json")
-    if not isinstance(config.setdefault("_class_name", named["scheduler"][-1]), str):
+    if not isinstance(config.setdefault("_class_name", classes["scheduler"]), str):
         raise RefusedError(f"{root / 'scheduler' / 'scheduler_config.json'}: _class_name must be a class of diffusers")
     return config
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the libraries from printing while they load; what matters is raised as an error."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

@@ -6,19 +6,19 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from compress.checkpoint import read_json, refusing
 from compress.errors import RefusedError
-from compress.families import DenoiserSegment, Family
-from compress.loader import Components, load_components
-from compress.parts import TEXT_ENCODERS, VaeDecoder, VaeEncoder
+from compress.families import DenoiserSegment, Family, Network
+from compress.fitting import check_fit
+from compress.loader import Components, load_components, quiet
+from compress.parts import TEXT_ENCODERS, Part, VaeDecoder, VaeEncoder
 from export.quant_plan import QuantPlan
 from export.step_plan import StepPlan
 
@@ -28,6 +28,15 @@ STATE_FILE = "compress.json"
 
 PartFunction = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """Named arrays to named arrays; takes more than it needs."""
+
+_T5_TOKENS = {
+    "StableDiffusion3Pipeline": 256,
+    "StableDiffusion3Img2ImgPipeline": 256,
+    "StableDiffusion3InpaintPipeline": 256,
+    "PixArtAlphaPipeline": 120,
+    "PixArtSigmaPipeline": 300,
+}
+"""How many tokens T5 reads, or how many zeros stand for it; what the diffusers pipelines take by default."""
 
 _VOLATILE = ("_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version", "torch_dtype", "dtype")
 
@@ -53,9 +62,9 @@ class LatentDiffusion:
     folder: Path
     index: dict[str, Any]
     family: Family
-    denoiser: nn.Module
-    vae: nn.Module
-    text_encoders: dict[str, nn.Module]
+    denoiser: Network
+    vae: Network
+    text_encoders: dict[str, Network]
     tokenizers: dict[str, Any]
     scheduler_config: dict[str, Any]
     conditioning: dict[str, Any]
@@ -66,90 +75,95 @@ class LatentDiffusion:
 
     @property
     def latent(self) -> dict[str, Any]:
-        """channels; downscale (pixels per latent pixel); scaling_factor and shift_factor of the VAE; size; multiple."""
-        config: Any = self.vae.config
+        """What a latent is: the fields of `export.runtime.LatentSpec`."""
+        config = self.vae.config
         return {
             "channels": int(config.latent_channels),
             "downscale": 2 ** (len(config.block_out_channels) - 1),
             "scaling_factor": float(config.scaling_factor),
             "shift_factor": float(config.shift_factor or 0.0),
+            "multiple": self.family.latent_multiple(self.denoiser),
         }
 
     def segments(self) -> list[DenoiserSegment]:
         """The denoiser as cut, over its own weights."""
         return self.family.segments(self.denoiser, self.cut)[0]
 
-    def parts(self) -> dict[str, nn.Module]:
-        """Every network behind a fixed signature, over its own weights: `denoiser` (uncut), `vae_decoder`,
-        `vae_encoder`, and the text encoders by name. Each has `inputs`, `outputs`, `prefix` and `component`.
+    def parts(self) -> dict[str, Network]:
+        """Every network behind a fixed signature, over its own weights.
+
+        They are `denoiser` (uncut), `vae_decoder`, `vae_encoder`, and the text encoders by their name in the folder;
+        each has `inputs`, `outputs`, `prefix` and `component` (see `compress.parts.Part`).
         """
-        return _parts(self.family, self.denoiser, self.vae, self.text_encoders)
+        return {"denoiser": self.family.segments(self.denoiser, None)[0][0].module, **self._surroundings()}
 
     def functions(self, simulate: bool = True) -> dict[str, PartFunction]:
-        """NumPy functions for the runtime: the denoiser's segments, `vae_decoder`, `vae_encoder`, text encoders.
+        """NumPy functions for the runtime: the denoiser's segments, `vae_decoder`, `vae_encoder`, the text encoders.
 
         Args:
             simulate: quantized parts compute with fake-quantized weights and activations; False ignores the plans.
         """
-        parts = self.parts()
-        denoiser = self.denoiser
-        if simulate and self.quant_plans:
+        denoiser, parts = self.denoiser, self._surroundings()
+        for name, plan in self.quant_plans.items() if simulate else ():
             from compress.fake_quantize import fake_quantized
 
-            for name, plan in self.quant_plans.items():
-                quantized = fake_quantized(parts[name].component, plan)
-                if name == "denoiser":
-                    denoiser = quantized
-                else:
-                    parts[name] = type(parts[name])(quantized)
-        del parts["denoiser"]
-        modules = {segment.name: segment.module for segment in self.family.segments(denoiser, self.cut)[0]} | parts
-        return {name: _function(module) for name, module in modules.items()}
+            if name == "denoiser":
+                denoiser = fake_quantized(denoiser, plan)
+            else:
+                parts[name] = type(parts[name])(fake_quantized(parts[name].component, plan))
+        segments = self.family.segments(denoiser, self.cut)[0]
+        return {name: _function(module) for name, module in ({s.name: s.module for s in segments} | parts).items()}
 
     def hash(self) -> str:
-        """SHA-256 over all weights, configurations and tokenizers; not over plans."""
+        """SHA-256 over all weights, configurations and tokenizers; not over what was planned for them."""
         digest = hashlib.sha256()
-        for name, module in sorted(self._modules().items()):
-            digest.update(
-                _canonical(
-                    {name: _stable(module.config.to_dict() if name in self.text_encoders else dict(module.config))}
-                )
-            )
-            for key, tensor in sorted(module.state_dict().items()):
+        for name, network in sorted(self._networks().items()):
+            config = network.config.to_dict() if name in self.text_encoders else dict(network.config)
+            digest.update(_canonical({name: _stable(config)}))
+            for key, tensor in sorted(network.state_dict().items()):
                 digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+                digest.update(tensor.contiguous().cpu().numpy().data)
         for name, tokenizer in sorted(self.tokenizers.items()):
+            # Padding and truncation are what the last call left behind.
             content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
             digest.update(_canonical({name: content, "max_length": tokenizer.model_max_length}))
-        digest.update(_canonical([self.scheduler_config, self.conditioning, self.index.get("_class_name")]))
+        digest.update(_canonical([_stable(self.scheduler_config), self.conditioning, self.index["_class_name"]]))
         return digest.hexdigest()
 
     def state_hash(self) -> str:
-        """SHA-256 over everything a pass can change: the weights and the plans; the key of the pass cache."""
-        return hashlib.sha256(_canonical([self.hash(), self._state()])).hexdigest()
+        """SHA-256 over everything a pass can change: weights, cut, step plan, quantization plans."""
+        state = {key: value for key, value in self._state().items() if key != "provenance"}
+        return hashlib.sha256(_canonical([self.hash(), state])).hexdigest()
 
     def clone(self) -> LatentDiffusion:
         """An independent copy; tokenizers, which nothing changes, are shared."""
-        return LatentDiffusion(
-            **{
-                name: value if name in ("family", "tokenizers") else copy.deepcopy(value)
-                for name, value in vars(self).items()
-            }
-        )
+        shared = ("family", "tokenizers")
+        return replace(self, **{key: copy.deepcopy(value) for key, value in vars(self).items() if key not in shared})
 
     def save(self, folder: Path) -> None:
         """Write a standard diffusers folder plus `compress.json`; `load` gives the same model back, bit for bit."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "model_index.json").write_text(json.dumps(self.index, indent=2, sort_keys=True) + "\n")
-        for name, component in (self._modules() | self.tokenizers).items():
-            component.save_pretrained(folder / name)
+        kept = {*self._networks(), *self.tokenizers, "scheduler"}
+        index = {
+            key: entry if not isinstance(entry, list) or key in kept else [None, None]
+            for key, entry in self.index.items()
+        }
+        _write_json(folder / "model_index.json", index)
+        with quiet():
+            for name, component in (self._networks() | self.tokenizers).items():
+                component.save_pretrained(folder / name)
         (folder / "scheduler").mkdir(exist_ok=True)
-        text = json.dumps(self.scheduler_config, indent=2, sort_keys=True) + "\n"
-        (folder / "scheduler" / "scheduler_config.json").write_text(text)
-        (folder / STATE_FILE).write_text(json.dumps(self._state(), indent=1, sort_keys=True) + "\n")
+        _write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler_config)
+        _write_json(folder / STATE_FILE, self._state())
 
-    def _modules(self) -> dict[str, Any]:
+    def _networks(self) -> dict[str, Network]:
         return {self.family.part: self.denoiser, "vae": self.vae, **self.text_encoders}
+
+    def _surroundings(self) -> dict[str, Part]:
+        encoders = {
+            name: TEXT_ENCODERS[type(encoder).__name__](encoder) for name, encoder in self.text_encoders.items()
+        }
+        return {"vae_decoder": VaeDecoder(self.vae), "vae_encoder": VaeEncoder(self.vae), **encoders}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -170,6 +184,7 @@ def load(path: str | Path) -> LatentDiffusion:
     """
     root = Path(path)
     components = load_components(root)
+    check_fit(components)
     model = LatentDiffusion(
         folder=root,
         index=components.index,
@@ -202,46 +217,38 @@ def _restore(model: LatentDiffusion, state: Mapping[str, Any], path: Path) -> No
 
 
 def _conditioning(components: Components) -> dict[str, Any]:
-    """What the runtime needs to turn prompts into conditioning tensors as the diffusers pipeline does."""
-    config: Any = components.denoiser.config  # type: ignore[union-attr]
-    encoders = [
-        {
-            "part": name,
-            "tokenizer": name.replace("text_encoder", "tokenizer"),
-            "max_length": int(components.tokenizers[name.replace("text_encoder", "tokenizer")].model_max_length),
-        }
-        for name in components.text_encoders
-    ]
+    """The specification `export.conditioning` follows to make tensors of prompts as the diffusers pipeline does."""
+    config, index = components.denoiser.config, components.index
+    encoders: list[dict[str, Any]] = []
+    for name, encoder in components.text_encoders.items():
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        limit = components.tokenizers[tokenizer].model_max_length
+        entry = {"part": name, "tokenizer": tokenizer, "max_length": limit}
+        if encoder.config.model_type == "t5":
+            entry["max_length"] = min(limit, _T5_TOKENS[index["_class_name"]])
+        elif components.family.name == "sd3":
+            entry |= {"hidden": f"hidden_states.{encoder.config.num_hidden_layers - 1}", "pooled": "text_embeds"}
+        encoders.append(entry)
     match components.family.name:
+        case "unet":
+            return {"kind": "stable-diffusion", "encoders": encoders}
         case "sd3":
-            for encoder in encoders:
-                layers = components.text_encoders[encoder["part"]].config.num_hidden_layers  # type: ignore[union-attr, operator]
-                encoder |= {"hidden": f"hidden_states.{layers - 1}", "pooled": "text_embeds"}
+            width, zeros = int(config.joint_attention_dim), _T5_TOKENS[index["_class_name"]]
             return {
                 "kind": "stable-diffusion-3",
                 "encoders": encoders,
-                "joint_attention_dim": int(config.joint_attention_dim),
-                "max_sequence_length": 256,
+                "joint_attention_dim": width,
+                "max_sequence_length": zeros,
             }
         case "pixart":
             return {"kind": "pixart", "encoders": encoders}
-        case "dit":
-            return {"kind": "class", "encoders": [], "classes": int(config.num_embeds_ada_norm)}
-    return {"kind": "stable-diffusion", "encoders": encoders}
-
-
-def _parts(
-    family: Family, denoiser: nn.Module, vae: nn.Module, text_encoders: Mapping[str, nn.Module]
-) -> dict[str, Any]:
-    return {
-        "denoiser": family.segments(denoiser, None)[0][0].module,
-        "vae_decoder": VaeDecoder(vae),
-        "vae_encoder": VaeEncoder(vae),
-        **{name: TEXT_ENCODERS[type(encoder).__name__](encoder) for name, encoder in text_encoders.items()},
+    labels = {
+        name: int(number) for number, names in (index.get("id2label") or {}).items() for name in names.split(", ")
     }
+    return {"kind": "class", "encoders": [], "classes": int(config.num_embeds_ada_norm), "labels": labels}
 
 
-def _function(module: Any) -> PartFunction:
+def _function(module: Network) -> PartFunction:
     def call(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in module.inputs}
         with torch.inference_mode():
@@ -249,6 +256,10 @@ def _function(module: Any) -> PartFunction:
         return {name: output.numpy() for name, output in zip(module.outputs, outputs, strict=True)}
 
     return call
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _stable(config: Mapping[str, Any]) -> dict[str, Any]:

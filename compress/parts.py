@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
+
+from compress.families import Network
 
 
 class Part(nn.Module):
@@ -23,8 +26,8 @@ class Part(nn.Module):
     axes: ClassVar[dict[str, dict[int, str]]]
 
     @property
-    def component(self) -> nn.Module:
-        """The module whose paths a quantization plan speaks of."""
+    def component(self) -> Network:
+        """The network inside; module names of a quantization plan are paths in it."""
         return self.get_submodule(self.prefix)
 
     def example_inputs(self, batch: int, height: int, width: int, prompt_tokens: int) -> dict[str, Tensor]:
@@ -38,18 +41,20 @@ class VaeDecoder(Part):
     prefix = "vae"
     inputs = ("latent_sample",)
     outputs = ("sample",)
-    axes = {"latent_sample": {0: "batch", 2: "height", 3: "width"}}
+    axes: ClassVar = {"latent_sample": {0: "batch", 2: "height", 3: "width"}}
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Network) -> None:
         super().__init__()
         self.vae = vae
 
+    @override
     def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
-        return (self.vae.decode(latent_sample, return_dict=False)[0],)  # type: ignore[operator]
+        return (self.vae.decode(latent_sample, return_dict=False)[0],)
 
+    @override
     def example_inputs(self, batch: int, height: int, width: int, prompt_tokens: int) -> dict[str, Tensor]:
-        channels = self.vae.config.latent_channels  # type: ignore[union-attr]
-        return {"latent_sample": torch.randn(batch, channels, height, width, generator=_seeded())}  # type: ignore[arg-type]
+        channels = self.vae.config.latent_channels
+        return {"latent_sample": torch.randn(batch, channels, height, width, generator=_seeded())}
 
 
 class VaeEncoder(Part):
@@ -58,17 +63,19 @@ class VaeEncoder(Part):
     prefix = "vae"
     inputs = ("sample",)
     outputs = ("latent_parameters",)
-    axes = {"sample": {0: "batch", 2: "height", 3: "width"}}
+    axes: ClassVar = {"sample": {0: "batch", 2: "height", 3: "width"}}
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Network) -> None:
         super().__init__()
         self.vae = vae
 
+    @override
     def forward(self, sample: Tensor) -> tuple[Tensor]:
-        return (self.vae.encode(sample, return_dict=False)[0].parameters,)  # type: ignore[operator]
+        return (self.vae.encode(sample, return_dict=False)[0].parameters,)
 
+    @override
     def example_inputs(self, batch: int, height: int, width: int, prompt_tokens: int) -> dict[str, Tensor]:
-        config: Any = self.vae.config
+        config = self.vae.config
         side = 2 ** (len(config.block_out_channels) - 1)
         return {
             "sample": torch.rand(batch, config.in_channels, side * height, side * width, generator=_seeded()) * 2 - 1
@@ -76,60 +83,69 @@ class VaeEncoder(Part):
 
 
 class TextEncoder(Part):
-    """CLIPTextModel: `input_ids` (n, s) to `last_hidden_state` (n, s, d) and `pooler_output` (n, d)."""
+    """A text encoder over token ids (n, s)."""
 
     prefix = "text_encoder"
-    inputs: tuple[str, ...] = ("input_ids",)
-    outputs: tuple[str, ...] = ("last_hidden_state", "pooler_output")
-    axes = {"input_ids": {0: "batch", 1: "prompt_tokens"}}
 
-    def __init__(self, text_encoder: nn.Module) -> None:
+    def __init__(self, text_encoder: Network) -> None:
         super().__init__()
         self.text_encoder = text_encoder
 
+    @override
+    def example_inputs(self, batch: int, height: int, width: int, prompt_tokens: int) -> dict[str, Tensor]:
+        vocabulary = self.text_encoder.config.vocab_size
+        mask = torch.ones(batch, prompt_tokens, dtype=torch.int64)
+        mask[:, prompt_tokens // 2 + 1 :] = 0
+        ids = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=_seeded())
+        return {name: {"input_ids": ids, "attention_mask": mask}[name] for name in self.inputs}
+
+
+class ClipEncoder(TextEncoder):
+    """CLIPTextModel: `input_ids` to `last_hidden_state` (n, s, d) and `pooler_output` (n, d)."""
+
+    inputs = ("input_ids",)
+    outputs = ("last_hidden_state", "pooler_output")
+    axes: ClassVar = {"input_ids": {0: "batch", 1: "prompt_tokens"}}
+
+    @override
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         encoded = self.text_encoder(input_ids)
         return encoded.last_hidden_state, encoded.pooler_output
 
-    def example_inputs(self, batch: int, height: int, width: int, prompt_tokens: int) -> dict[str, Tensor]:
-        config: Any = self.text_encoder.config
-        return {"input_ids": torch.randint(0, config.vocab_size, (batch, prompt_tokens), generator=_seeded())}
 
+class ClipProjectionEncoder(TextEncoder):
+    """CLIPTextModelWithProjection: `input_ids` to `text_embeds` (n, d), `last_hidden_state`, and all hidden states."""
 
-class ProjectedTextEncoder(TextEncoder):
-    """CLIPTextModelWithProjection: `input_ids` to `text_embeds` (n, d), `last_hidden_state`, and every hidden state."""
+    inputs = ("input_ids",)
+    axes: ClassVar = {"input_ids": {0: "batch", 1: "prompt_tokens"}}
 
-    def __init__(self, text_encoder: nn.Module) -> None:
+    def __init__(self, text_encoder: Network) -> None:
         super().__init__(text_encoder)
-        layers: int = text_encoder.config.num_hidden_layers  # type: ignore[union-attr, assignment]
+        layers = text_encoder.config.num_hidden_layers
         self.outputs = ("text_embeds", "last_hidden_state", *(f"hidden_states.{i}" for i in range(layers + 1)))
 
+    @override
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         encoded = self.text_encoder(input_ids, output_hidden_states=True)
         return encoded.text_embeds, encoded.last_hidden_state, *encoded.hidden_states
 
 
-class MaskedTextEncoder(TextEncoder):
+class T5Encoder(TextEncoder):
     """T5EncoderModel: `input_ids` and `attention_mask` (n, s) to `last_hidden_state` (n, s, d)."""
 
     inputs = ("input_ids", "attention_mask")
     outputs = ("last_hidden_state",)
-    axes = {"input_ids": {0: "batch", 1: "prompt_tokens"}, "attention_mask": {0: "batch", 1: "prompt_tokens"}}
+    axes: ClassVar = {"input_ids": {0: "batch", 1: "prompt_tokens"}, "attention_mask": {0: "batch", 1: "prompt_tokens"}}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    @override
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         return (self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state,)
-
-    def example_inputs(self, batch: int, height: int, width: int, prompt_tokens: int) -> dict[str, Tensor]:
-        inputs = super().example_inputs(batch, height, width, prompt_tokens)
-        mask = torch.ones_like(inputs["input_ids"])
-        mask[:, prompt_tokens // 2 + 1 :] = 0
-        return inputs | {"attention_mask": mask}
 
 
 TEXT_ENCODERS: dict[str, type[TextEncoder]] = {
-    "CLIPTextModel": TextEncoder,
-    "CLIPTextModelWithProjection": ProjectedTextEncoder,
-    "T5EncoderModel": MaskedTextEncoder,
+    "CLIPTextModel": ClipEncoder,
+    "CLIPTextModelWithProjection": ClipProjectionEncoder,
+    "T5EncoderModel": T5Encoder,
 }
 """transformers class -> the part it becomes."""
 

@@ -218,6 +218,15 @@ PIPELINES = {"unet": stable_diffusion, "sd3": stable_diffusion_3, "dit": class_c
 """Family name -> the pipeline that stands for it."""
 
 
+def shake(module: torch.nn.Module) -> None:
+    """Give parameters that start at zero or one (adaLN gates, norms, biases) values that make them matter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.min() == parameter.max():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
 def save(family: str, folder: Path) -> Path:
     """Write the pipeline of one family to `folder` (safetensors, float32); the same bytes at every call."""
     torch.manual_seed(0)
@@ -225,15 +234,6 @@ def save(family: str, folder: Path) -> Path:
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()
-            _shake(component)
+            shake(component)
     pipeline.save_pretrained(folder)
     return folder
-
-
-def _shake(module: torch.nn.Module) -> None:
-    """Give parameters that start at zero or one (adaLN gates, norms, biases) values that make them matter."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.min() == parameter.max():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))

@@ -151,6 +151,10 @@ class Family(ABC):
     def latent_multiple(self, denoiser: Network) -> int:
         """Height and width of the latent must be multiples of this."""
 
+    def latent_side(self, denoiser: Network) -> int:
+        """Height and width of the latent the denoiser was trained at."""
+        return int(denoiser.config.sample_size)
+
     def sensitive(self, denoiser: Network) -> list[str]:
         """The linear and convolution layers that stay in float by default: cheap, and their error is everywhere."""
         pattern = re.compile("|".join(self.float_layers))
@@ -162,7 +166,7 @@ class Family(ABC):
 
     def cuts(self, denoiser: Network) -> list[CutInfo]:
         """Every place where the denoiser can be cut, with what its shallow path costs at the trained latent size."""
-        side = int(denoiser.config.sample_size)
+        side = self.latent_side(denoiser)
         inputs = self.example_inputs(denoiser, batch=1, height=side, width=side, prompt_tokens=16)
         macs = _macs(self.segments(denoiser, None)[0][0].module, inputs)
         return [

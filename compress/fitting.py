@@ -1,0 +1,72 @@
+"""Checks that the components of a pipeline come from one model: widths, channels, vocabularies, class counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from compress.errors import RefusedError
+from compress.families import Network
+from compress.loader import Components
+
+_LARGEST_ID = 2  # in CLIP configurations of old: the end of a text is where the token id is largest
+
+
+def check_fit(components: Components) -> None:
+    """Refuse components that do not fit together.
+
+    Raises:
+        RefusedError: names both components and both numbers.
+    """
+    for left, found, right, wanted in _pairs(components):
+        if found != wanted:
+            raise RefusedError(f"{left} is {found}, but {right} is {wanted}: the components are not of one model")
+    for name, encoder in components.text_encoders.items():
+        tokenizer_name = name.replace("text_encoder", "tokenizer")
+        _check_tokenizer(name, encoder.config, tokenizer_name, components.tokenizers[tokenizer_name])
+
+
+def _pairs(components: Components) -> Iterator[tuple[str, Any, str, Any]]:
+    """Yield (what, its number, what must have the same number, that number)."""
+    config, vae, index = components.denoiser.config, components.vae.config, components.index
+    encoders: list[Network] = [encoder.config for encoder in components.text_encoders.values()]
+    yield "latent_channels of the VAE", vae.latent_channels, "in_channels of the denoiser", config.in_channels
+    match components.family.name:
+        case "unet":
+            width = config.cross_attention_dim
+            yield "hidden_size of the text encoder", encoders[0].hidden_size, "cross_attention_dim of the UNet", width
+        case "sd3":
+            clips, pooled, joint = encoders[:2], config.pooled_projection_dim, config.joint_attention_dim
+            projected = sum(clip.projection_dim for clip in clips)
+            yield "projection_dim of both text encoders", projected, "pooled_projection_dim of the transformer", pooled
+            states = sum(clip.hidden_size for clip in clips)
+            if len(encoders) > len(clips):
+                yield "d_model of the T5", encoders[2].d_model, "joint_attention_dim of the transformer", joint
+            if states > joint:
+                yield "hidden_size of both text encoders", states, "joint_attention_dim of the transformer", joint
+        case "pixart":
+            width = config.caption_channels
+            yield "d_model of the text encoder", encoders[0].d_model, "caption_channels of the transformer", width
+        case "dit" if "id2label" in index:
+            known, classes = len(index["id2label"] or ()), config.num_embeds_ada_norm
+            yield "the number of labels in model_index.json", known, "num_embeds_ada_norm of the transformer", classes
+
+
+def _check_tokenizer(name: str, config: Network, tokenizer_name: str, tokenizer: Any) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise RefusedError(
+            f"{tokenizer_name} has {len(tokenizer)} tokens, but {name} embeds {config.vocab_size}: "
+            "the components are not of one model"
+        )
+    if config.model_type == "t5":
+        return
+    if tokenizer.model_max_length > config.max_position_embeddings:
+        raise RefusedError(
+            f"{tokenizer_name} gives up to {tokenizer.model_max_length} tokens (model_max_length), but {name} has "
+            f"{config.max_position_embeddings} positions: the components are not of one model"
+        )
+    if config.eos_token_id not in (_LARGEST_ID, tokenizer.eos_token_id):
+        raise RefusedError(
+            f"{name} ends a text at token {config.eos_token_id} (eos_token_id), but {tokenizer_name} at "
+            f"{tokenizer.eos_token_id}: the components are not of one model"
+        )

@@ -1,0 +1,249 @@
+"""Cuts and segments: exact on every cut of every family, named as torch.export needs them, priced right."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.errors import RefusedError
+from compress.families import FAMILIES, DenoiserSegment, Family, base
+from compress.model import load
+from export.step_plan import Segment, Slot, Step, StepPlan
+from tests import tiny
+
+MAKERS = {"unet": tiny.unet, "sd3": tiny.sd3, "dit": tiny.dit, "pixart": tiny.pixart}
+CUTS = [("unet", cut) for cut in range(4)] + [("sd3", cut) for cut in range(4)]
+CUTS += [(name, cut) for name in ("dit", "pixart") for cut in range(3)]
+THREE, TWO = 0.0, 1.0  # PAIR_SHARE that forces three disjoint segments, or the pair
+
+
+def make(name: str) -> tuple[Family, Any]:
+    torch.manual_seed(0)
+    denoiser = MAKERS[name]()
+    tiny.shake(denoiser)
+    return FAMILIES[type(denoiser).__name__], denoiser
+
+
+def run(
+    segments: list[DenoiserSegment],
+    path: tuple[str, ...],
+    known: dict[str, Tensor],
+    slot: Slot | None = None,
+    kept: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Run a path as a runtime does: tensors by name, the slot read where its tensor is first needed."""
+    by_name, known = {segment.name: segment for segment in segments}, dict(known)
+    for name in path:
+        segment = by_name[name]
+        if slot is not None and kept is not None and slot.tensor in segment.inputs:
+            known[slot.tensor] = kept if slot.base is None else known[slot.base] + kept
+        with torch.inference_mode():
+            outputs = segment.module(**{key: known[key] for key in segment.inputs})
+        known |= zip(segment.outputs, outputs, strict=True)
+    return known
+
+
+@pytest.mark.parametrize("share", [THREE, TWO])
+@pytest.mark.parametrize(("name", "cut"), CUTS)
+def test_paths_are_exact(name: str, cut: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full path equals the original bit for bit; the shallow path with a fresh slot to 0.0 or, residual, 1e-6."""
+    monkeypatch.setattr(base, "PAIR_SHARE", share)
+    family, denoiser = make(name)
+    inputs = family.example_inputs(denoiser, batch=2, height=tiny.SIDE, width=tiny.SIDE, prompt_tokens=5)
+    with torch.inference_mode():
+        original = family.whole(denoiser, *inputs.values())
+    segments, paths, slots = family.segments(denoiser, cut)
+    assert [segment.name for segment in segments] == (
+        ["full", "shallow"] if share == TWO else ["entry", "deep", "exit"]
+    )
+    full = run(segments, paths["full"], inputs)
+    assert torch.equal(full[family.output], original)
+    slot = slots["deep"]
+    kept = full[slot.tensor] if slot.base is None else full[slot.tensor] - full[slot.base]
+    shallow = run(segments, paths["shallow"], inputs, slot, kept)[family.output]
+    assert (shallow - original).abs().max() <= (0.0 if name == "unet" else 1e-6)
+    stale = run(segments, paths["shallow"], inputs, slot, kept.roll(1, -1))[family.output]
+    assert (stale - original).abs().max() > 1e-4, "the slot has no effect, so the test above proves nothing"
+
+
+@pytest.mark.parametrize("name", ["unet", "sd3"])
+def test_other_sizes_are_exact(name: str) -> None:
+    """The segments take any batch, height, width and prompt length, as the original does."""
+    family, denoiser = make(name)
+    height, width = (12, 8) if name == "unet" else (4, 8)
+    inputs = family.example_inputs(denoiser, batch=3, height=height, width=width, prompt_tokens=9)
+    segments, paths, _ = family.segments(denoiser, 1)
+    with torch.inference_mode():
+        assert torch.equal(
+            run(segments, paths["full"], inputs)[family.output], family.whole(denoiser, *inputs.values())
+        )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("share", [THREE, TWO])
+def test_names_are_explicit_and_make_a_valid_plan(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "PAIR_SHARE", share)
+    family, denoiser = make(name)
+    assert list(family.example_inputs(denoiser, 1, 8, 8, 4)) == list(family.conditioning)
+    assert set(family.dynamic_axes()) == set(family.conditioning)
+    for cut in [None, *range(len(family.cut_names(denoiser)))]:
+        segments, paths, slots = family.segments(denoiser, cut)
+        for segment in segments:
+            assert tuple(inspect.signature(segment.module.forward).parameters) == segment.inputs
+            assert segment.module.component is denoiser
+        step = Step(t=1.0, x={0: 1.0}, m={0: 1.0})
+        steps = (
+            [step]
+            if cut is None
+            else [
+                Step(t=1.0, x={0: 1.0}, m={0: 1.0}, write=("deep",)),
+                Step(t=0.5, x={0: 1.0}, m={0: 1.0}, path="shallow", read={"deep": (1.0,)}),
+            ]
+        )
+        table = {segment.name: Segment(segment.inputs, segment.outputs) for segment in segments}
+        plan = StepPlan(table, paths, slots, tuple(steps))
+        plan.validate(family.conditioning)
+        assert plan.output == family.output
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_cut_costs(name: str) -> None:
+    """The MACs share by module equals that of a counted run of the shallow path; parameters equal those that ran."""
+    family, denoiser = make(name)
+    cuts = family.cuts(denoiser)
+    assert [cut.index for cut in cuts] == list(range(len(family.cut_names(denoiser))))
+    inputs = family.example_inputs(denoiser, 1, tiny.SIDE, tiny.SIDE, 16)
+    for cut in cuts:
+        denoiser.get_submodule(cut.name)
+        segments, paths, slots = family.segments(denoiser, cut.index)
+        full = run(segments, paths["full"], inputs)
+        slot = slots["deep"]
+        kept = full[slot.tensor] if slot.base is None else full[slot.tensor] - full[slot.base]
+        counts = []
+        for path in ("full", "shallow"):
+            with FlopCounterMode(display=False) as counter:
+                run(segments, paths[path], inputs, *((slot, kept) if path == "shallow" else ()))
+            counts.append(counter.get_total_flops())
+        assert cut.macs_share == pytest.approx(counts[1] / counts[0], abs=1e-9)
+        used = used_parameters(denoiser, segments, paths["shallow"], inputs, slot, kept)
+        sizes = {path: parameter.numel() for path, parameter in denoiser.named_parameters()}
+        assert cut.parameter_share == pytest.approx(sum(sizes[path] for path in used) / sum(sizes.values()))
+    shares = [cut.macs_share for cut in cuts]
+    assert shares == sorted(shares)
+    assert shares[-1] < 1.0
+
+
+def used_parameters(
+    denoiser: Any,
+    segments: list[DenoiserSegment],
+    path: tuple[str, ...],
+    inputs: dict[str, Tensor],
+    slot: Slot,
+    kept: Tensor,
+) -> list[str]:
+    """The parameters that change the output of the shallow path, found by making each of them NaN in turn."""
+    used = []
+    family = FAMILIES[type(denoiser).__name__]
+    for name, parameter in denoiser.named_parameters():
+        before = parameter.data.clone()
+        parameter.data.fill_(float("nan"))
+        if run(segments, path, inputs, slot, kept)[family.output].isnan().any():
+            used.append(name)
+        parameter.data.copy_(before)
+    return used
+
+
+@pytest.mark.parametrize("name", ["unet", "sd3"])
+def test_small_shallow_paths_become_a_pair(name: str) -> None:
+    """The 5 % rule, on models whose first cut is below it."""
+    denoiser = tiny.unet(block_out_channels=(16, 64)) if name == "unet" else tiny.sd3(num_layers=9)
+    family = FAMILIES[type(denoiser).__name__]
+    cuts = family.cuts(denoiser)
+    assert cuts[0].parameter_share <= 0.05 < cuts[-1].parameter_share
+    assert [segment.name for segment in family.segments(denoiser, 0)[0]] == ["full", "shallow"]
+    assert len(family.segments(denoiser, len(cuts) - 1)[0]) == 3
+
+
+@pytest.mark.parametrize("cut", [-1, 4, 99])
+def test_unknown_cut_is_refused(cut: int) -> None:
+    family, denoiser = make("unet")
+    with pytest.raises(RefusedError, match=r"no cut .*: the cuts of this denoiser are 0 to 3"):
+        family.segments(denoiser, cut)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_segments_share_weights_and_survive_a_copy(name: str) -> None:
+    family, denoiser = make(name)
+    inputs = family.example_inputs(denoiser, 1, tiny.SIDE, tiny.SIDE, 4)
+    (whole,), _, _ = family.segments(denoiser, None)
+    twin = copy.deepcopy(whole.module)
+    with torch.inference_mode():
+        before = whole.module(**inputs)[0]
+        for parameter in denoiser.parameters():
+            parameter.data.mul_(1.1)
+        assert not torch.equal(whole.module(**inputs)[0], before)
+        assert torch.equal(twin(**inputs)[0], before)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_sensitive_layers_are_the_thin_ends(name: str) -> None:
+    """Every entry is a linear or convolution layer; attention and feed-forward layers of blocks are not among them."""
+    family, denoiser = make(name)
+    layers = {path for path, module in denoiser.named_modules() if type(module).__name__ in ("Linear", "Conv2d")}
+    sensitive = set(family.sensitive(denoiser))
+    assert sensitive
+    assert sensitive < layers
+    assert not [path for path in sensitive if ".attn" in path or ".ff" in path or ".conv1" in path or ".conv2" in path]
+
+
+@pytest.mark.parametrize(
+    ("maker", "overrides", "reason"),
+    [
+        (tiny.unet, {"in_channels": 9}, "takes 9 channels and gives 4"),
+        (tiny.unet, {"num_class_embeds": 10}, "class embeddings"),
+        (tiny.unet, {"time_cond_proj_dim": 8}, "guidance embedding"),
+        (tiny.unet, {"center_input_sample": True}, "centred inputs"),
+        (tiny.unet, {"cross_attention_dim": (16, 16)}, "for every block"),
+        (tiny.unet, {"down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D")}, "ResnetDownsample"),
+        (tiny.unet, {"mid_block_type": "UNetMidBlock2D"}, "middle block"),
+        (tiny.sd3, {"in_channels": 33}, "takes 33 channels and gives 4"),
+        (tiny.dit, {"out_channels": 5}, "takes 4 channels and gives 5"),
+        (tiny.pixart, {"use_additional_conditions": True}, "aspect ratio"),
+        (tiny.pixart, {"caption_channels": None}, "no caption projection"),
+    ],
+)
+def test_unsupported_variants_are_refused(maker: Callable[..., Any], overrides: dict[str, Any], reason: str) -> None:
+    denoiser = maker(**overrides)
+    with pytest.raises(RefusedError, match=reason):
+        FAMILIES[type(denoiser).__name__].check(denoiser)
+
+
+def test_names_in_a_traced_graph(tiny_folder: Callable[[str], Path]) -> None:
+    """torch.export sees the input names, and every node's module path begins with `denoiser.`."""
+    model = load(tiny_folder("unet"))
+    model.cut = 1
+    entry = model.segments()[0]
+    inputs = model.family.example_inputs(model.denoiser, 2, 8, 8, 5)
+    program = torch.export.export(
+        entry.module,
+        (),
+        {name: inputs[name] for name in entry.inputs},
+        strict=False,
+        dynamic_shapes={
+            name: {axis: torch.export.Dim.DYNAMIC for axis in model.family.dynamic_axes()[name]}
+            for name in entry.inputs
+        },
+    )
+    given = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    assert tuple(given) == entry.inputs
+    scopes = {path for node in program.graph.nodes for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+    assert "denoiser.conv_in" in scopes
+    assert all(path == "" or path.startswith("denoiser.") for path in scopes)
