@@ -272,18 +272,34 @@ def _by_lag(response: np.ndarray, row: int) -> dict[int, float]:
     return {int(row - at): float(response[at]) for at in kept[::-1]}
 
 
-def _solve(what: SchedulerSetup, scheduler: Any, begin: int, calls: int, noisy: bool) -> list[Update] | None:
-    """Find for every row the fewest latents and outputs whose combination is the scheduler's next latent."""
+def _solve(
+    what: SchedulerSetup, scheduler: Any, begin: int, calls: int, noisy: bool, expected: Sequence[Update] = ()
+) -> list[Update] | None:
+    """Find for every row the fewest latents and outputs whose combination is the scheduler's next latent.
+
+    Where the expected row reproduces it, that is taken.
+    """
     unit = torch.eye(1 + 2 * calls, dtype=torch.float64)
     run = _Run(what, scheduler, begin, calls, unit[0], unit[1 : 1 + calls], unit[1 + calls :], None, noisy)
     states = np.concatenate([unit[:1].numpy(), run.after])
     rows = []
     for row in range(calls):
-        update = _solve_row(states, row, calls)
+        update = next((update for update in expected[row : row + 1] if _reproduces(update, states, row, calls)), None)
+        update = update or _solve_row(states, row, calls)
         if update is None:
             return None
         rows.append(update)
     return rows
+
+
+def _reproduces(update: Update, states: np.ndarray, row: int, calls: int) -> bool:
+    if max((*update.x, *update.m), default=0) > row:
+        return False
+    got = sum((a * states[row - lag] for lag, a in update.x.items()), np.zeros(states.shape[1]))
+    for lag, b in update.m.items():
+        got[1 + row - lag] += b
+    got[1 + calls + row] += update.noise
+    return bool(np.abs(got - states[row + 1]).max() <= _EXACT * np.abs(states[row + 1]).max())
 
 
 def _solve_row(states: np.ndarray, row: int, calls: int) -> Update | None:
@@ -329,7 +345,7 @@ def _starts(
                 if read_off:
                     rows, _, _ = _read_off(what, scheduler, begin, window, noisy)
                 else:
-                    rows = _solve(what, scheduler, begin, window, noisy)
+                    rows = _solve(what, scheduler, begin, window, noisy, updates[begin:])
             except RefusedError:
                 break
             if rows is None:

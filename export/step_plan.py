@@ -141,15 +141,26 @@ class StepPlan:
         Raises:
             StepPlanError: one sentence with the row and the cause.
         """
-        if not self.steps:
-            raise StepPlanError("the plan has no steps")
+        if not self.steps or not self.paths:
+            raise StepPlanError(f"the plan has no {'steps' if self.paths else 'paths'}")
+        if not math.isfinite(self.init_noise_sigma):
+            raise StepPlanError("init_noise_sigma is not finite")
+        for name, segment_io in self.segments.items():
+            if not segment_io.outputs:
+                raise StepPlanError(f"segment {name!r} computes nothing")
         for name, segments in self.paths.items():
+            if not segments:
+                raise StepPlanError(f"path {name!r} has no segments")
             for segment in segments:
                 if segment not in self.segments:
                     raise StepPlanError(f"path {name!r} names the unknown segment {segment!r}")
-            if not segments or self.segments[segments[-1]].outputs[-1] != self.output:
+        for name, segments in self.paths.items():
+            if self.segments[segments[-1]].outputs[-1] != self.output:
                 raise StepPlanError(f"path {name!r} does not end in the network output {self.output!r}")
+        produced = {tensor for segment_io in self.segments.values() for tensor in segment_io.outputs}
         for name, slot in self.slots.items():
+            if slot.tensor not in produced:
+                raise StepPlanError(f"slot {name!r} keeps {slot.tensor!r}, which no segment computes")
             if slot.kind not in get_args(SlotKind):
                 raise StepPlanError(f"slot {name!r} has the unknown kind {slot.kind!r}")
             if (slot.kind == "residual") != (slot.base is not None):
@@ -203,6 +214,8 @@ class StepPlan:
                         raise StepPlanError(f"{where}: nothing produces the input {tensor!r} of segment {segment!r}")
                 known.update(self.segments[segment].outputs)
         produced = {tensor for segment in self.paths[step.path] for tensor in self.segments[segment].outputs}
+        if step.write and any(self.slots[name].kind == "output" for name in step.read):
+            raise StepPlanError(f"{where} takes its network output from a slot, so it computes nothing to write")
         for name in step.write:
             if name not in self.slots:
                 raise StepPlanError(f"{where} writes the unknown slot {name!r}")
@@ -223,38 +236,70 @@ class StepPlan:
         """
         try:
             raw = json.loads(text)
-            version = raw.pop("schema_version")
+            if not isinstance(raw, dict):
+                raise StepPlanError("the step plan is not a JSON object")
+            version = raw.pop("schema_version", None)
             if version != SCHEMA_VERSION:
                 raise StepPlanError(f"the step plan has schema version {version!r}, this reads {SCHEMA_VERSION}")
             plan = cls(
                 segments={
-                    name: Segment(tuple(segment["inputs"]), tuple(segment["outputs"]))
+                    name: Segment(**{side: _names(tensors) for side, tensors in segment.items()})
                     for name, segment in raw.pop("segments").items()
                 },
-                paths={name: tuple(path) for name, path in raw.pop("paths").items()},
-                slots={name: Slot(**slot) for name, slot in raw.pop("slots").items()},
+                paths={name: _names(path) for name, path in raw.pop("paths").items()},
+                slots={name: _slot(slot) for name, slot in raw.pop("slots").items()},
                 steps=tuple(_step(step) for step in raw.pop("steps")),
                 starts={
                     int(row): tuple(_update(update) for update in updates)
                     for row, updates in raw.pop("starts", {}).items()
                 },
+                init_noise_sigma=_number(raw.pop("init_noise_sigma")),
+                prediction=_name(raw.pop("prediction")),
+                key=dict(raw.pop("key")),
                 **raw,
             )
+            plan.validate()
         except StepPlanError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StepPlanError(f"the step plan cannot be read: {type(error).__name__}: {error}") from error
-        plan.validate()
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise StepPlanError(f"the step plan cannot be read: {cause}") from error
         return plan
 
 
+def _name(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise TypeError(f"{raw!r} is not a name")
+    return raw
+
+
+def _names(raw: Any) -> tuple[str, ...]:
+    if not isinstance(raw, list):
+        raise TypeError(f"{raw!r} is not a list of names")
+    return tuple(_name(name) for name in raw)
+
+
+def _number(raw: Any) -> float:
+    if isinstance(raw, bool) or not isinstance(raw, int | float):
+        raise TypeError(f"{raw!r} is not a number")
+    return float(raw)
+
+
+def _slot(raw: dict[str, Any]) -> Slot:
+    slot = Slot(**raw)
+    if isinstance(slot.history, bool) or not isinstance(slot.history, int):
+        raise TypeError(f"the history {slot.history!r} is not a whole number")
+    _name(slot.tensor)
+    return slot
+
+
 def _lags(raw: Mapping[str, Any]) -> dict[int, float]:
-    return {int(lag): float(coefficient) for lag, coefficient in raw.items()}
+    return {int(lag): _number(coefficient) for lag, coefficient in raw.items()}
 
 
 def _update(raw: dict[str, Any]) -> Update:
     raw = dict(raw)
-    return Update(x=_lags(raw.pop("x")), m=_lags(raw.pop("m")), **raw)
+    return Update(x=_lags(raw.pop("x")), m=_lags(raw.pop("m")), noise=_number(raw.pop("noise")), **raw)
 
 
 def _step(raw: dict[str, Any]) -> Step:
@@ -262,7 +307,9 @@ def _step(raw: dict[str, Any]) -> Step:
     return Step(
         x=_lags(raw.pop("x")),
         m=_lags(raw.pop("m")),
-        write=tuple(raw.pop("write")),
-        read={name: tuple(alphas) for name, alphas in raw.pop("read").items()},
-        **raw,
+        write=_names(raw.pop("write")),
+        read={name: tuple(_number(alpha) for alpha in alphas) for name, alphas in raw.pop("read").items()},
+        path=_name(raw.pop("path")),
+        guidance=raw.pop("guidance"),
+        **{name: _number(value) for name, value in raw.items()},
     )
