@@ -1,0 +1,193 @@
+"""`python -m recipes.reference.train`: trains the reference models from nothing, stage by stage, and scores them."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from recipes.reference.checkpoint import read_checkpoint
+from recipes.reference.denoisers import build_mmdit, build_unet
+from recipes.reference.folders import write_mmdit_folder, write_unet_folder
+from recipes.reference.latents import LATENT_COUNT, cached_latents
+from recipes.reference.objectives import LatentBatches, mmdit_objective, unet_objective
+from recipes.reference.prompts import write_prompts
+from recipes.reference.recogniser import RECOGNISER_BUDGET, train_recogniser, write_scorer
+from recipes.reference.score import score_folder
+from recipes.reference.text import TEXT_BUDGET, tokenise, train_text_encoder, write_tokenizer
+from recipes.reference.trainer import Budget, train
+from recipes.reference.vae import VAE_BUDGET, train_vae
+
+STAGES = ("prompts", "text", "vae", "recogniser", "latents", "unet", "mmdit", "export", "score")
+UNET_BUDGET = Budget(steps=5400, rate=8e-4, warmup=200, decay=1600)
+MMDIT_BUDGET = Budget(steps=5400, rate=8e-4, warmup=200, decay=1600)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a run keeps checkpoints (`work`) and results (`output`), on what it runs, and the budget of each stage."""
+
+    work: Path = Path("build/reference")
+    output: Path = Path(__file__).resolve().parent
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    text: Budget = TEXT_BUDGET
+    vae: Budget = VAE_BUDGET
+    recogniser: Budget = RECOGNISER_BUDGET
+    unet: Budget = UNET_BUDGET
+    mmdit: Budget = MMDIT_BUDGET
+    latents: int = LATENT_COUNT
+    prompts: int = 512
+    steps: int = 50
+    guidance: float = 3.0
+
+
+def say(line: str) -> None:
+    """Print one progress line with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+class Stages:
+    """The stages of one run; each reads its inputs from checkpoints, so any one may be started by itself."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer; written once, being a pure function of the word list."""
+        folder = self.plan.work / "tokenizer"
+        if (folder / "tokenizer_config.json").exists():
+            return CLIPTokenizer.from_pretrained(folder)
+        return write_tokenizer(folder)
+
+    def text(self) -> CLIPTextModelWithProjection:
+        """The pretrained, frozen text encoder."""
+        return train_text_encoder(self.plan.work / "text.pt", self.tokenizer(), self.plan.device, self.plan.text, say)
+
+    def vae(self) -> AutoencoderKL:
+        """The trained autoencoder."""
+        return train_vae(self.plan.work / "vae.pt", self.plan.device, self.plan.vae, say)
+
+    def recogniser(self) -> None:
+        """Train the recogniser and write the scorer folder."""
+        model = train_recogniser(
+            self.plan.work / "recogniser.pt", self.vae(), self.plan.device, self.plan.recogniser, say
+        )
+        write_scorer(model, self.plan.output / "recogniser")
+
+    def prompts(self) -> None:
+        """Write the prompt files."""
+        write_prompts(self.plan.output / "prompts")
+
+    def latents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cached latents and token ids."""
+        path = self.plan.work / "latents.pt"
+        state = read_checkpoint(path)
+        if state is not None and len(state["latents"]) >= self.plan.latents:
+            return state["latents"][: self.plan.latents], state["tokens"][: self.plan.latents]
+        return cached_latents(path, self.vae(), self.tokenizer(), self.plan.device, self.plan.latents, say)
+
+    def _batches(self) -> LatentBatches:
+        latents, tokens = self.latents()
+        return LatentBatches(latents, tokens, tokenise(self.tokenizer(), [""])[0], self.plan.device)
+
+    def unet(self) -> UNet2DConditionModel:
+        """The UNet with averaged weights."""
+        torch.manual_seed(4)
+        model = build_unet().to(self.plan.device)
+        loss_at = unet_objective(model, self.text(), self._batches())
+        model.load_state_dict(train("unet", model, loss_at, self.plan.unet, self.plan.work / "unet.pt", say))
+        return model.eval()
+
+    def mmdit(self) -> SD3Transformer2DModel:
+        """The MMDiT with averaged weights."""
+        torch.manual_seed(5)
+        model = build_mmdit().to(self.plan.device)
+        loss_at = mmdit_objective(model, self.text(), self._batches())
+        model.load_state_dict(train("mmdit", model, loss_at, self.plan.mmdit, self.plan.work / "mmdit.pt", say))
+        return model.eval()
+
+    def export(self) -> None:
+        """Write both model folders from the checkpoints as they are now, finished or not."""
+        for name, build, write in (
+            ("unet", build_unet, write_unet_folder),
+            ("mmdit", build_mmdit, write_mmdit_folder),
+        ):
+            state = read_checkpoint(self.plan.work / f"{name}.pt")
+            if state is None:
+                raise SystemExit(f"{self.plan.work / name}.pt does not exist: run --stage {name} first")
+            model = build()
+            model.load_state_dict(state["average"])
+            write(self.plan.output / name, model.eval(), self.vae(), self.text(), self.plan.work / "tokenizer")
+            say(f"export: {self.plan.output / name} (step {state['step']})")
+
+    def score(self) -> None:
+        """Print the attribute accuracy of both folders."""
+        for name in ("unet", "mmdit"):
+            score = score_folder(
+                self.plan.output / name,
+                self.plan.output / "recogniser",
+                self.plan.output / "prompts" / "heldout.jsonl",
+                self.plan.prompts,
+                self.plan.steps,
+                self.plan.guidance,
+                self.plan.device,
+            )
+            say(f"score: {name}: {score.line()}  ({self.plan.steps} steps, guidance {self.plan.guidance:g})")
+
+
+def _train_side_by_side(arguments: list[str], threads: int) -> None:
+    """Run the two denoiser stages as two processes that share the cores; raises SystemExit when one fails."""
+    command = [sys.executable, "-m", "recipes.reference.train", *arguments, "--threads", str(max(1, threads // 2))]
+    children = [subprocess.Popen([*command, "--stage", stage]) for stage in ("unet", "mmdit")]
+    if any([child.wait() != 0 for child in children]):
+        raise SystemExit("a denoiser did not finish; start the same command again to resume")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run the stages asked for, all of them by default."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.reference.train", description=__doc__)
+    parser.add_argument("--stage", choices=STAGES, help="run this stage alone (earlier checkpoints are read)")
+    parser.add_argument("--work", type=Path, default=Plan.work, help="checkpoints (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Plan.output, help="folders (default: beside this file)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--steps-unet", type=int, default=UNET_BUDGET.steps)
+    parser.add_argument("--steps-mmdit", type=int, default=MMDIT_BUDGET.steps)
+    parser.add_argument("--latents", type=int, default=LATENT_COUNT, help="size of the denoisers' training set")
+    parser.add_argument("--prompts", type=int, default=Plan.prompts, help="held-out prompts to score")
+    parser.add_argument("--guidance", type=float, default=Plan.guidance, help="guidance scale of the scores")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    plan = Plan(
+        work=chosen.work,
+        output=chosen.output,
+        device=torch.device(chosen.device),
+        unet=replace(UNET_BUDGET, steps=chosen.steps_unet),
+        mmdit=replace(MMDIT_BUDGET, steps=chosen.steps_mmdit),
+        latents=chosen.latents,
+        prompts=chosen.prompts,
+        guidance=chosen.guidance,
+    )
+    stages = Stages(plan)
+    if chosen.stage is not None:
+        getattr(stages, chosen.stage)()
+        return
+    for stage in ("prompts", "text", "vae", "recogniser", "latents"):
+        getattr(stages, stage)()
+    if plan.device.type == "cpu" and chosen.threads >= 2:
+        _train_side_by_side(list(sys.argv[1:] if arguments is None else arguments), chosen.threads)
+    stages.unet()
+    stages.mmdit()
+    stages.export()
+    stages.score()
+
+
+if __name__ == "__main__":
+    main()
