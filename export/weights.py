@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,11 +79,15 @@ def write_pool(models: Mapping[str, onnx.ModelProto], folder: str | Path) -> Poo
     return Pool(bytes=position, unshared_bytes=unshared)
 
 
-def store_float16(model: onnx.ModelProto) -> int:
+def store_float16(model: onnx.ModelProto, names: Collection[str] | None = None) -> int:
     """Store the float32 weights as float16 behind a Cast that widens them when the graph is loaded, in place.
 
     Halves the size; the arithmetic stays float32, on weights rounded to float16. Weights beyond the float16 range and
     tensors that stay inside the graph (`INLINE_BYTES`) are left as they are.
+
+    Args:
+        model: the graph.
+        names: of the weights that may be stored so; None is all of them.
 
     Returns:
         How many tensors are now stored as float16.
@@ -93,7 +97,7 @@ def store_float16(model: onnx.ModelProto) -> int:
 
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
+        if tensor.data_type != TensorProto.FLOAT or (names is not None and tensor.name not in names):
             continue
         values = numpy_helper.to_array(tensor)
         if values.nbytes < INLINE_BYTES or np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:

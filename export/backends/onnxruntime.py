@@ -14,7 +14,7 @@ import onnxruntime
 from export.backends import Kernel, TensorSpec, check_options, feeds
 from export.errors import EngineError
 
-OPTIONS: dict[str, tuple[Any, ...]] = {"inference_precision": ("f32", "bf16")}
+OPTIONS: dict[str, tuple[Any, ...]] = {"inference_precision": ("float32", "bfloat16")}
 """`inference_precision` is taken so that one manifest serves every backend; this one always computes in float32."""
 
 _DTYPES = {

@@ -14,9 +14,10 @@ import openvino
 from export.backends import Kernel, TensorSpec, check_options, feeds
 from export.errors import EngineError
 
-OPTIONS: dict[str, tuple[Any, ...]] = {"inference_precision": ("f32", "bf16")}
+OPTIONS: dict[str, tuple[Any, ...]] = {"inference_precision": ("float32", "bfloat16")}
 """What the float part of a graph is computed in."""
 
+_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 _PRECISIONS = {"i8": "int8", "u8": "int8", "bf16": "bf16", "f16": "f16", "f32": "f32"}
 
 
@@ -65,7 +66,7 @@ def _compile(path: Path, threads: int | None, options: Mapping[str, Any]) -> Any
     check_options("openvino", options, OPTIONS)
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": options.get("inference_precision", "f32"),
+        "INFERENCE_PRECISION_HINT": _HINTS[options.get("inference_precision", "float32")],
         # Two processes that pin their threads would share a core while another one idles.
         "ENABLE_CPU_PINNING": False,
     }

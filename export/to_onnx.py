@@ -1,0 +1,252 @@
+"""Lowering of a PyTorch module to a float ONNX graph: traced, cleaned, made deterministic, and checked twice."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from export.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import Tensor, nn
+    from torch.export import ExportedProgram
+
+OPSET = 20
+"""Opset 23 has fused attention, but ONNX Runtime's CPU kernel refuses its broadcast masks; no speed is lost at 20."""
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""The node metadata kept for the Q/DQ lowering: module names from the outermost inwards, then the node's own."""
+
+TOLERANCE = 1e-4
+"""Largest difference allowed between module and graph, relative to the largest absolute value of the output."""
+
+_PROTOBUF_LIMIT = 2**31 - 2**20
+
+
+def export_module(
+    module: nn.Module,
+    example_inputs: Mapping[str, Tensor],
+    dynamic_axes: Mapping[str, Mapping[int, str]],
+    output_names: Sequence[str],
+    check_inputs: Mapping[str, Tensor],
+    *,
+    name: str = "graph",
+) -> onnx.ModelProto:
+    """Write a module as a float32 ONNX graph that ONNX Runtime computes as PyTorch does.
+
+    Equal modules give equal graphs, byte for byte, in every process. No paths or source lines remain in it.
+
+    Args:
+        module: its `forward` takes the inputs by name and returns a tensor or a tuple; set to evaluation mode.
+        example_inputs: input name -> tensor, in the order of `forward`; dynamic dimensions are at least 2 here.
+        dynamic_axes: input name -> {dimension: axis name}; equal names have equal sizes; other dimensions are fixed.
+        output_names: of the tuple.
+        check_inputs: the same inputs with another size on every dynamic axis. A graph can be exact at the traced
+            size and wrong at others (an absolute position table that was baked in), so this check is not optional.
+        name: in errors, and of the graph.
+
+    Raises:
+        ExportError: the module cannot be traced or lowered, or the graph does not compute the same at both sizes.
+    """
+    import torch
+
+    _require_other_sizes(name, example_inputs, dynamic_axes, check_inputs)
+    module.eval()
+    with torch.no_grad(), _quietly():
+        program = _capture(name, module, example_inputs, dynamic_axes)
+        _drop_idle_squeezes(program)
+        try:
+            written = torch.onnx.export(
+                program,
+                kwargs=dict(example_inputs),
+                input_names=list(example_inputs),
+                output_names=list(output_names),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(f"{name} cannot be lowered to ONNX: {_sentence(error)}") from error
+        if written is None:
+            raise ExportError(f"{name} cannot be lowered to ONNX: the exporter gave no program")
+        model: Any = written.model_proto
+    _canonicalise(model, name, dynamic_axes)
+    _check(name, module, model, [example_inputs, check_inputs])
+    return model
+
+
+def strip_metadata(model: onnx.ModelProto) -> None:
+    """Remove what is left of the exporter's node metadata, in place; the Q/DQ lowering needs it, runtimes do not."""
+    del model.metadata_props[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+
+
+def _require_other_sizes(
+    name: str,
+    example_inputs: Mapping[str, Tensor],
+    dynamic_axes: Mapping[str, Mapping[int, str]],
+    check_inputs: Mapping[str, Tensor],
+) -> None:
+    if list(example_inputs) != list(check_inputs):
+        raise ExportError(f"{name}: the check inputs are not those of the example")
+    for tensor, axes in dynamic_axes.items():
+        if tensor not in example_inputs:
+            raise ExportError(f"{name} has no input {tensor!r}, which the dynamic axes name")
+        for dimension, axis in axes.items():
+            if example_inputs[tensor].shape[dimension] == check_inputs[tensor].shape[dimension]:
+                raise ExportError(f"{name}: the check inputs have the same {axis} as the example, so prove nothing")
+
+
+def _capture(
+    name: str, module: nn.Module, example_inputs: Mapping[str, Tensor], dynamic_axes: Mapping[str, Mapping[int, str]]
+) -> ExportedProgram:
+    """Trace with anonymous dynamic dimensions, which infer how sizes depend on each other; where that fails (masks
+    whose batch is not seen to be the latent's), with one shared dimension per axis name.
+    """
+    import torch
+    from torch.export import Dim
+
+    anonymous = {tensor: dict.fromkeys(dynamic_axes.get(tensor, {}), Dim.DYNAMIC) for tensor in example_inputs}
+    shared = {axis: Dim(axis) for axes in dynamic_axes.values() for axis in axes.values()}
+    named = {tensor: {d: shared[axis] for d, axis in dynamic_axes.get(tensor, {}).items()} for tensor in example_inputs}
+    failures = []
+    for shapes in (anonymous, named):
+        try:
+            return torch.export.export(module, (), dict(example_inputs), dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            failures.append(error)
+    raise ExportError(f"{name} cannot be traced: {_sentence(failures[0])}") from failures[0]
+
+
+def _drop_idle_squeezes(program: ExportedProgram) -> None:
+    """Remove `squeeze` of a dimension that is not 1: nothing in PyTorch, an error in ONNX."""
+    import torch
+
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target in (torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims):
+            source: Any = node.args[0]
+            if source.meta["val"].dim() == node.meta["val"].dim():
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+    program.graph_module.recompile()
+
+
+def _canonicalise(model: onnx.ModelProto, name: str, dynamic_axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Remove what differs between machines, and give the dynamic dimensions readable names."""
+    graph = model.graph
+    graph.name = name
+    model.doc_string = graph.doc_string = ""
+    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
+    for node in graph.node:
+        node.doc_string = ""
+        kept = [entry for entry in node.metadata_props if entry.key == SCOPES]
+        scopes = kept[0].value if kept else None
+        del node.metadata_props[:]
+        if scopes is not None:
+            node.metadata_props.add(key=SCOPES, value=scopes)
+    for tensor in graph.initializer:
+        tensor.doc_string = ""
+        del tensor.metadata_props[:]
+    symbols: dict[str, str] = {}
+    for value in graph.input:
+        for dimension, size in enumerate(value.type.tensor_type.shape.dim):
+            axis = dynamic_axes.get(value.name, {}).get(dimension)
+            if axis is None and size.HasField("dim_param"):
+                raise ExportError(f"{name}: dimension {dimension} of {value.name!r} should be fixed but is not")
+            if axis is not None and not size.HasField("dim_param"):
+                raise ExportError(f"{name}: the {axis} of {value.name!r} was fixed by the trace")
+            if axis is not None:
+                symbols.setdefault(size.dim_param, axis)
+                size.dim_param = axis
+    for value in (*graph.input, *graph.output):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for value in graph.output:
+        for dimension, size in enumerate(value.type.tensor_type.shape.dim):
+            if size.HasField("dim_param"):
+                size.dim_param = symbols.get(size.dim_param, f"{value.name}_{dimension}")
+
+
+def _check(name: str, module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Mapping[str, Tensor]]) -> None:
+    """Compare the graph in ONNX Runtime with the module.
+
+    Raises:
+        ExportError: names the output, the sizes and the difference.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        session = _session(name, model, Path(folder))
+        for tensors in inputs:
+            sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
+            with torch.no_grad():
+                expected = module(**tensors)
+            expected = expected if isinstance(expected, tuple) else (expected,)
+            taken = {value.name for value in session.get_inputs()}
+            try:
+                computed = session.run(None, {key: v.numpy() for key, v in tensors.items() if key in taken})
+            except Exception as error:
+                raise ExportError(f"the graph of {name} fails at {sizes}: {_sentence(error)}") from error
+            outputs = [value.name for value in session.get_outputs()]
+            if len(outputs) != len(expected):
+                raise ExportError(f"{name} gives {len(expected)} tensors, its graph {len(outputs)}")
+            for output, wanted, got in zip(outputs, expected, computed, strict=True):
+                _compare(f"{output!r} of {name} at {sizes}", wanted.numpy(), got)
+
+
+def _compare(what: str, wanted: np.ndarray, got: np.ndarray) -> None:
+    if wanted.shape != got.shape or wanted.dtype != got.dtype:
+        raise ExportError(f"{what}: the graph gives {got.dtype} {got.shape}, the module {wanted.dtype} {wanted.shape}")
+    error = float(np.abs(got - wanted).max(initial=0.0))
+    limit = TOLERANCE * float(np.abs(wanted).max(initial=0.0))
+    if not error <= limit:
+        raise ExportError(f"{what}: the graph differs from the module by {error:.2e}, allowed is {limit:.2e}")
+
+
+def _session(name: str, model: onnx.ModelProto, folder: Path) -> Any:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    source: bytes | str
+    if model.ByteSize() < _PROTOBUF_LIMIT:
+        source = model.SerializeToString()
+    else:
+        from export.weights import write_pool
+
+        copy = type(model)()
+        copy.CopyFrom(model)
+        write_pool({"graph": copy}, folder)
+        source = str(folder / "graph.onnx")
+    try:
+        return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime does not load the graph of {name}: {_sentence(error)}") from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the tracer's and the exporter's remarks about themselves from the user; errors are raised as ever."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
