@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from compress import commands
-from compress.errors import CompressError, RecipeError
+from compress.errors import RecipeError
 from compress.terminal import Terminal
 
 INTERRUPTED = 130
@@ -97,12 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(error: BaseException) -> int | None:
     """Return the exit code of an error that is meant for the user, or None for one that should not have happened."""
-    if isinstance(error, CompressError):
-        return error.exit_code
-    engine = sys.modules.get("export.engine")
-    if engine is not None and isinstance(error, engine.EngineError):
-        return 3
-    return None
+    if type(error).__module__.partition(".")[0] not in ("compress", "export"):
+        return None
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        return int(code)
+    # What the runtime raises under its own names is about the engine or the request it was given.
+    return 3 if isinstance(error, ValueError) else None
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -117,10 +118,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     rest = list(words)
     position = next((index for index, word in enumerate(rest) if word not in ("--json", "--debug")), 0)
     name = rest.pop(position) if rest[position] in commands.COMMANDS else "build"
-    arguments = _parser(name).parse_args(rest)
+    parser = _parser(name)
+    arguments, left = parser.parse_known_args(rest)
     arguments.command = name
     if name == "build":
         _check_recipe(arguments.recipe)
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     return arguments
 
 

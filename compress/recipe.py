@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -288,6 +289,12 @@ class Recipe(BaseModel):
     def error(self, key: KeyPath, message: str) -> RecipeError:
         """Return an error that names file, line and key, for what only turns out later."""
         return self._places.error(key, message)
+
+    def placed(self, error: RecipeError) -> RecipeError:
+        """Add file and line to an error that only names its key (`gates.ssim.max_loss: ...`), as passes raise them."""
+        name, colon, message = str(error).partition(": ")
+        key = tuple(int(part) if part.isdigit() else part for part in re.sub(r"\[(\d+)\]", r".\1", name).split("."))
+        return self.error(key, message) if colon and key[0] in type(self).model_fields else error
 
     def locate(self, path: str) -> Path:
         """Find a path of the recipe: relative to the current folder if it exists there, else to the recipe's."""

@@ -17,12 +17,23 @@ KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1 << 20
 MAX_VALUES = 10_000
 MAX_DEPTH = 24
+_TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels"
 
 
 class _Loader(yaml.SafeLoader):
     """The YAML 1.2 core schema: `yes` and `1:30` are text, `1e-3` is a number."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose one node; refused here, since the scanner takes quadratic time over what is nested deeply."""
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=self.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -82,8 +93,6 @@ def parse(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         raise RecipeError(
             f"{_place(source, None)}: holds the character U+{_code(error.character):04X}, which YAML does not allow"
         ) from None
-    except RecursionError:
-        raise RecipeError(f"{_place(source, None)}: is nested deeper than {MAX_DEPTH} levels") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -99,6 +108,8 @@ def _place(source: str, mark: Any) -> str:
 
 def _problem(error: yaml.MarkedYAMLError, text: str) -> str:
     """Say in plain words what the YAML scanner found."""
+    if error.problem == _TOO_DEEP:
+        return _TOO_DEEP
     mark = error.problem_mark
     line = text.splitlines()[mark.line] if mark is not None and mark.line < len(text.splitlines()) else ""
     if "\t" in line[: len(line) - len(line.lstrip())]:
@@ -130,7 +141,7 @@ class _Reader:
         if self.values > MAX_VALUES:
             raise self._error(node, f"holds more than {MAX_VALUES} values once its aliases are followed")
         if len(path) > MAX_DEPTH:
-            raise self._error(node, f"is nested deeper than {MAX_DEPTH} levels")
+            raise self._error(node, _TOO_DEEP)
         if isinstance(node, yaml.MappingNode):
             if node.tag != "tag:yaml.org,2002:map":
                 raise self._error(node, f"the tag {_short(node.tag)} is not allowed; only plain data is")

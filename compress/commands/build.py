@@ -20,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     """Build an engine, or with --dry-run only plan it."""
+    from compress.errors import RecipeError
     from compress.recipe import Recipe
     from compress.store import cache_folder
 
@@ -28,12 +29,11 @@ def execute(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]
 
     from compress import compiler
 
-    outcome = compiler.run(
-        recipe,
-        dry_run=arguments.dry_run,
-        progress=terminal.progress,
-        work_dir=arguments.cache or cache_folder(),
-    )
+    work = arguments.cache or cache_folder()
+    try:
+        outcome = compiler.run(recipe, dry_run=arguments.dry_run, progress=terminal.progress, work_dir=work)
+    except RecipeError as error:
+        raise recipe.placed(error) from error
     terminal.close()
     terminal.say(outcome.render())
     result: dict[str, Any] = outcome.to_dict()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
+from annotated_types import Ge, Interval
 from typing_extensions import override
 
 from compress.errors import PassError, RefusedError
@@ -42,17 +43,17 @@ class Cache(Pass):
     needs: ClassVar[frozenset[str]] = frozenset()
     changes: ClassVar[frozenset[str]] = frozenset({"graph", "plan"})
 
-    cut: int
-    interval: int
+    cut: Annotated[int, Ge(0)]
+    interval: Annotated[int, Ge(2)]
     method: Method = "deepcache"
     forecast: Forecast = "reuse"
-    warmup: int | None = None
-    damping: float = 1.0
+    warmup: Annotated[int, Ge(1)] | None = None
+    damping: Annotated[float, Interval(ge=0.0, le=2.0)] = 1.0
 
     @override
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
         cached = self._rewritten(model)
-        info = model.family.cuts(model.denoiser)[self.cut]
+        info = model.family.cut_info(model.denoiser, self.cut)
         shallow = [row for row, step in enumerate(cached.steps) if step.path == "shallow"]
         saved = len(shallow) / cached.network_calls * (1.0 - info.macs_share)
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.denoiser.parameters())
