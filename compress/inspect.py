@@ -89,3 +89,44 @@ def _macs(module: nn.Module, inputs: Mapping[str, Any]) -> int:
     with torch.inference_mode(), counter:
         module(**inputs)
     return int(counter.get_total_flops() // 2)
+
+
+def stock_of_engine(folder: Path) -> dict[str, Any]:
+    """Describe an engine from its manifest and step plan; no runtime is needed.
+
+    Raises:
+        EngineError: it is not whole.
+    """
+    from export.manifest import STEP_PLAN, read_manifest
+    from export.step_plan import StepPlan
+
+    manifest = read_manifest(folder)
+    plan = StepPlan.from_json((folder / STEP_PLAN).read_text(encoding="utf-8"))
+    calls = {path: sum(step.path == path for step in plan.steps) for path in plan.paths}
+    letters = {path: path[0].upper() if path == "full" else path[0] for path in plan.paths}
+    files = manifest.files
+    return {
+        "family": manifest.family,
+        "engine_hash": manifest.engine_hash,
+        "mib": sum(file.bytes for file in files.values() if file.run) / 2**20,
+        "latent": dict(manifest.latent),
+        "shapes": {name: list(sizes) for name, sizes in manifest.shapes.items()},
+        "targets": {
+            name: {
+                "backend": row.backend,
+                "evidence": row.evidence,
+                "formats": dict(row.formats),
+                "measured": dict(row.measured),
+            }
+            for name, row in manifest.targets.items()
+        },
+        "step_plan": {
+            "network_calls": plan.network_calls,
+            "strip": "".join(letters[step.path] for step in plan.steps),
+            "paths": {path: list(segments) for path, segments in plan.paths.items()},
+            "calls": calls,
+            "guided": sum(step.guidance != "none" for step in plan.steps),
+            "key": dict(plan.key),
+        },
+        "files": {name: {"bytes": file.bytes, "sha256": file.sha256, "run": file.run} for name, file in files.items()},
+    }

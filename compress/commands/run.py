@@ -11,10 +11,10 @@ from compress.errors import RecipeError, RefusedError
 from compress.terminal import Terminal
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
 
 MAX_PIXELS = 1 << 26
+DEFAULT_STRENGTH = 0.8
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="NAME", help="a target of the engine; the best one here by default")
     parser.add_argument("--threads", type=int, metavar="N", help="of the runtime")
     parser.add_argument("--init-image", type=Path, metavar="FILE", help="image-to-image: begin from this picture")
-    parser.add_argument("--strength", type=float, metavar="S", help="image-to-image: in (0, 1], 1 keeps nothing")
+    parser.add_argument("--strength", type=float, metavar="S", help="image-to-image: in (0, 1], 1 keeps nothing (0.8)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="inpainting: white is painted, black is kept")
 
 
@@ -46,7 +46,7 @@ def execute(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]
     began = time.perf_counter()
     engine = Engine.open(arguments.engine, target=arguments.target, threads=arguments.threads)
     opened = time.perf_counter()
-    pictures = engine.generate(prompts=prompts, seeds=seeds, **_options(arguments, engine, len(seeds)))
+    pictures = engine.generate(prompts=prompts, seeds=seeds, **_options(arguments, len(seeds)))
     done = time.perf_counter()
     for path, picture in zip(paths, pictures, strict=True):
         _write(Image.fromarray(picture), path)
@@ -86,9 +86,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _requests(arguments: argparse.Namespace) -> tuple[list[str], list[int]]:
-    pairs = [
-        (prompt, arguments.seed + index) for prompt in arguments.prompt for index in range(arguments.count)
-    ]
+    pairs = [(prompt, arguments.seed + index) for prompt in arguments.prompt for index in range(arguments.count)]
     return [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
 
 
@@ -109,7 +107,7 @@ def _write(image: Image.Image, path: Path) -> None:
         raise RefusedError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _options(arguments: argparse.Namespace, engine: Any, count: int) -> dict[str, Any]:
+def _options(arguments: argparse.Namespace, count: int) -> dict[str, Any]:
     options: dict[str, Any] = {"height": arguments.height, "width": arguments.width}
     if arguments.negative is not None:
         options["negative_prompts"] = [arguments.negative] * count
@@ -119,23 +117,13 @@ def _options(arguments: argparse.Namespace, engine: Any, count: int) -> dict[str
 
     image = _read(arguments.init_image, "RGB")
     size = (arguments.width or image.width, arguments.height or image.height)
-    latents = engine.encode_image(np.asarray(image.resize(size))[None])
-    options |= {"height": size[1], "width": size[0], "image_latents": latents, "strength": arguments.strength}
+    options |= {"height": size[1], "width": size[0], "image": np.asarray(image.resize(size))[None]}
     if arguments.mask is not None:
-        options["mask"] = _latent_mask(_read(arguments.mask, "L"), latents.shape[-2:])
-    elif arguments.strength is None:
-        options["strength"] = 0.8
+        options["mask"] = np.asarray(_read(arguments.mask, "L").resize(size))[None] >= 128
+        options["strength"] = arguments.strength
+    else:
+        options["strength"] = DEFAULT_STRENGTH if arguments.strength is None else arguments.strength
     return options
-
-
-def _latent_mask(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Make a mask of the latent's size: white (at least half) is 1, which is painted. Returns (1, 1, h, w)."""
-    import numpy as np
-    from PIL import Image
-
-    binary = mask.point(lambda value: 255 if value >= 128 else 0)
-    small = binary.resize((size[1], size[0]), Image.Resampling.NEAREST)
-    return (np.asarray(small, np.float32) / 255.0)[None, None]
 
 
 def _read(path: Path, mode: str) -> Image.Image:
