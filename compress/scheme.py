@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
 from compress.errors import RecipeError
+from compress.nearest import unknown
 
 Granularity = Literal["tensor", "channel", "none"]
 
@@ -45,11 +45,16 @@ class Scheme:
     name: str
     weight: NumberFormat
     activation: NumberFormat
-    inference_precision: str = "float32"
+    inference_precision: Literal["float32", "bfloat16"] = "float32"
 
     @property
-    def is_integer(self) -> bool:
-        """Whether layers under this scheme are calibrated and lowered to integer kernels."""
+    def is_quantized(self) -> bool:
+        """Whether the weights of layers under this scheme get scales."""
+        return self.weight.is_integer
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether layers under this scheme need activation ranges, and compute in integers."""
         return self.weight.is_integer and self.activation.is_integer
 
     @property
@@ -70,7 +75,9 @@ SCHEMES: dict[str, Scheme] = {
         # Stored as float16, widened to float32 when the graph is loaded: size halves, speed stays.
         Scheme("float16", _F16, _F32),
         # Stored as float16; a runtime with a precision hint (OpenVINO) computes in bfloat16, any other in float32.
-        Scheme("bf16", _F16, _BF16, inference_precision="bf16"),
+        Scheme("bf16", _F16, _BF16, inference_precision="bfloat16"),
+        # Stored as int8 with one scale per output channel, widened to float32 when the graph is loaded.
+        Scheme("int8-w8a32", NumberFormat("int8", 8, "channel"), _F32),
         Scheme(
             "int8-w8a8",
             NumberFormat("int8", 8, "channel", symmetric=True),
@@ -87,7 +94,5 @@ def scheme(name: str) -> Scheme:
         RecipeError: the name is unknown; gives the nearest one and all that exist.
     """
     if name not in SCHEMES:
-        near = difflib.get_close_matches(str(name), SCHEMES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"the scheme {name!r} is unknown{hint} Known schemes: {', '.join(SCHEMES)}")
+        raise RecipeError(unknown(name, "a number format", SCHEMES))
     return SCHEMES[name]

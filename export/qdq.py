@@ -1,8 +1,9 @@
-"""Lowering of a QuantPlan into a float ONNX graph: standard QuantizeLinear and DequantizeLinear nodes, int8 weights."""
+"""Lowers a QuantPlan into a float ONNX graph: standard QuantizeLinear and DequantizeLinear nodes, int8 weights."""
 
 from __future__ import annotations
 
 import ast
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,12 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.quant_plan import Affine, LayerQuant, QuantPlan
+from export.weights import store_float16
 
 if TYPE_CHECKING:
     import onnx
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata the exporter writes: the module names from the outermost inwards, then the node's own name."""
+
+HALVED = 1024
+"""Matrices and kernels with fewer numbers, and all vectors, stay float32 where larger ones are stored as float16."""
 
 _OPS = {"Conv": "conv", "MatMul": "linear", "Gemm": "linear"}
 
@@ -48,16 +53,27 @@ DIALECTS = {
 
 @dataclass
 class Lowered:
-    """What a lowering did: the layers found in this graph, and the nodes it rewrote by ONNX operator."""
+    """What a lowering did.
+
+    Attributes:
+        layers: of the plan, found in this graph.
+        nodes: rewritten, by ONNX operator; `weight only` are those that still compute in float.
+        halved: initializers stored as float16.
+    """
 
     layers: set[str] = field(default_factory=set)
     nodes: Counter[str] = field(default_factory=Counter)
+    halved: int = 0
 
 
 def lower(
     model: onnx.ModelProto, plan: QuantPlan, dialect: str, *, prefix: str = "denoiser.", partial: bool = False
 ) -> Lowered:
     """Rewrite the graph in place: each planned `Conv`, `MatMul`, `Gemm` reads u8 activations and s8 weights.
+
+    A layer without an input grid keeps its float activations and gets `Cast, Mul` behind its s8 weights, which runtimes
+    compute once on load (`DequantizeLinear` would run at every call). The float weights that remain are stored as
+    the plan says.
 
     Layers are found by the module names in the nodes' metadata, never by initializer names (the exporter transposes
     and renames the weights of 3-D linears). A tensor that feeds several layers with equal grids is quantized once.
@@ -97,13 +113,16 @@ def lower(
             raise LoweringError(f"the weight of layer {name!r} is not float32 in the graph")
         rewriter.rewrite(node, name, layer, weight)
         result.layers.add(name)
-        result.nodes[node.op_type] += 1
+        result.nodes[node.op_type if layer.input else "weight only"] += 1
     unlowered = present - result.layers
     if unlowered:
         raise LoweringError(f"planned layers without a constant weight in the graph: {_some(unlowered)}")
     if not partial:
         require_all(plan, [result])
+    floats = _large_floats(model)
     rewriter.finish()
+    if plan.storage == "float16":
+        result.halved = store_float16(model, floats)
     return result
 
 
@@ -116,6 +135,12 @@ def require_all(plan: QuantPlan, lowered: list[Lowered]) -> None:
     missing = set(plan.layers).difference(*(each.layers for each in lowered))
     if missing:
         raise LoweringError(f"{len(missing)} of {len(plan.layers)} planned layers are in no graph: {_some(missing)}")
+
+
+def _large_floats(model: onnx.ModelProto) -> set[str]:
+    return {
+        tensor.name for tensor in model.graph.initializer if len(tensor.dims) > 1 and math.prod(tensor.dims) >= HALVED
+    }
 
 
 def _some(names: set[str]) -> str:
@@ -155,11 +180,12 @@ class _Rewriter:
         quantized = np.moveaxis(layer.quantize_weight(by_channel), 0, channels)
         out = onnx.NodeProto()
         out.CopyFrom(node)
-        out.input[0] = self.activation(node.input[0], layer.input)
         out.input[1] = self.weight(node.input[1], name, layer, quantized, channels)
-        as_int32 = self.dialect.conv_bias if node.op_type == "Conv" else self.dialect.gemm_bias
-        if len(node.input) > 2 and node.input[2] and as_int32:
-            out.input[2] = self.bias(node.input[2], name, layer)
+        if layer.input is not None:
+            out.input[0] = self.activation(node.input[0], layer.input)
+            as_int32 = self.dialect.conv_bias if node.op_type == "Conv" else self.dialect.gemm_bias
+            if len(node.input) > 2 and node.input[2] and as_int32:
+                out.input[2] = self.bias(node.input[2], name, layer, layer.input)
         self.nodes.append(out)
         if node.op_type == "Conv" and self.dialect.conv_output and layer.output is not None:
             result = node.output[0]
@@ -173,7 +199,7 @@ class _Rewriter:
         return self.dequantized[tensor, grid]
 
     def quantize(self, tensor: str, grid: Affine, result: str) -> str:
-        """tensor -> QuantizeLinear -> DequantizeLinear -> result."""
+        """Emit tensor -> QuantizeLinear -> DequantizeLinear -> result."""
         from onnx import helper
 
         quantized = self.fresh(f"{tensor}.quantized")
@@ -192,7 +218,12 @@ class _Rewriter:
         key = (tensor, name, "weight")
         if key not in self.weights:
             label = self.fresh(f"{name}.weight.int8")
-            scale = self.constant(f"{label}.scale", np.asarray(layer.weight_scale, np.float32))
+            scales = np.asarray(layer.weight_scale, np.float32)
+            if layer.input is None:
+                shape = [-1 if i == axis else 1 for i in range(quantized.ndim)]
+                self.weights[key] = self.widened(label, quantized, scales.reshape(shape))
+                return self.weights[key]
+            scale = self.constant(f"{label}.scale", scales)
             zero_point = self.constant(f"{label}.zero_point", np.zeros(len(layer.weight_scale), np.int8))
             self.weights[key] = self.fresh(f"{label}.dequantized")
             self.nodes.append(
@@ -206,7 +237,20 @@ class _Rewriter:
             )
         return self.weights[key]
 
-    def bias(self, tensor: str, name: str, layer: LayerQuant) -> str:
+    def widened(self, label: str, stored: np.ndarray, scale: np.ndarray) -> str:
+        """Emit stored -> Cast to float32 -> Mul by scale: constant, so a runtime computes it once on load."""
+        from onnx import TensorProto, helper
+
+        result = self.fresh(f"{label}.float32")
+        self.nodes.append(
+            helper.make_node("Cast", [self.constant(label, stored)], [result], f"{result}.node", to=TensorProto.FLOAT)
+        )
+        scaled = self.fresh(f"{label}.scaled")
+        factor = self.constant(f"{label}.scale", scale)
+        self.nodes.append(helper.make_node("Mul", [result, factor], [scaled], f"{scaled}.node"))
+        return scaled
+
+    def bias(self, tensor: str, name: str, layer: LayerQuant, grid: Affine) -> str:
         """An int32 initializer with the accumulator's scale, and its DequantizeLinear."""
         from onnx import helper, numpy_helper
 
@@ -214,7 +258,7 @@ class _Rewriter:
             raise LoweringError(f"the bias of layer {name!r} is not constant in the graph")
         key = (tensor, name, "bias")
         if key not in self.weights:
-            scale = (np.asarray(layer.weight_scale, np.float32) * np.float32(layer.input.scale)).astype(np.float32)
+            scale = (np.asarray(layer.weight_scale, np.float32) * np.float32(grid.scale)).astype(np.float32)
             limits = np.iinfo(np.int32)
             rounded = np.round(numpy_helper.to_array(self.constants[tensor]).astype(np.float64) / scale)
             label = self.fresh(f"{name}.bias.int32")

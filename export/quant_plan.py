@@ -13,6 +13,8 @@ import numpy as np
 SCHEMA_VERSION = 1
 
 Op = Literal["linear", "conv"]
+Storage = Literal["float32", "float16"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class QuantPlanError(ValueError):
@@ -21,7 +23,7 @@ class QuantPlanError(ValueError):
 
 @dataclass(frozen=True)
 class Affine:
-    """Unsigned 8-bit per-tensor quantization: `q = clip(round(x / scale) + zero_point, 0, 255)`, `round` ties to even."""
+    """Unsigned 8-bit per-tensor quantization: `clip(round(x / scale) + zero_point, 0, 255)`, ties to even."""
 
     scale: float
     zero_point: int
@@ -47,13 +49,13 @@ class Affine:
 
 @dataclass(frozen=True)
 class LayerQuant:
-    """One layer that computes in 8-bit integers.
+    """One layer with 8-bit weights.
 
     Attributes:
         op: `linear` or `conv`.
         scheme: the row of the number-format table this came from.
         weight_scale: (out_channels,) scales of the signed, symmetric weights: `q = clip(round(w / scale), -127, 127)`.
-        input: the grid of the input activation.
+        input: the grid of the input activation; None stores the weights in 8 bits and computes in float.
         output: the grid of the output before it is read on; convolutions only, where a runtime needs it to
             run an integer kernel.
     """
@@ -61,7 +63,7 @@ class LayerQuant:
     op: Op
     scheme: str
     weight_scale: tuple[float, ...]
-    input: Affine
+    input: Affine | None
     output: Affine | None = None
 
     def quantize_weight(self, weight: np.ndarray) -> np.ndarray:
@@ -84,11 +86,18 @@ class QuantPlan:
         layers: module name relative to the part -> its numbers.
         skipped: module name -> why it stays in float.
         storage: how the weights of the layers left in float are stored: `float32`, or `float16` (widened on load).
+        inference_precision: what a runtime that takes such a hint computes the float remainder in.
     """
 
     layers: Mapping[str, LayerQuant]
     skipped: Mapping[str, str] = field(default_factory=dict)
-    storage: Literal["float32", "float16"] = "float32"
+    storage: Storage = "float32"
+    inference_precision: Precision = "float32"
+
+    @property
+    def integer_layers(self) -> set[str]:
+        """The layers that compute in integers, so not those whose weights are only stored in 8 bits."""
+        return {name for name, layer in self.layers.items() if layer.input is not None}
 
     def validate(self) -> None:
         """Check every number.
@@ -96,20 +105,23 @@ class QuantPlan:
         Raises:
             QuantPlanError: one sentence with the layer and the cause.
         """
-        if self.storage not in ("float32", "float16"):
+        if self.storage not in get_args(Storage):
             raise QuantPlanError(f"the plan has the unknown storage {self.storage!r}")
+        if self.inference_precision not in get_args(Precision):
+            raise QuantPlanError(f"the plan has the unknown inference precision {self.inference_precision!r}")
         for name, layer in self.layers.items():
             if layer.op not in get_args(Op):
                 raise QuantPlanError(f"layer {name!r} has the unknown op {layer.op!r}")
             if name in self.skipped:
                 raise QuantPlanError(f"layer {name!r} is both quantized and skipped")
-            if layer.output is not None and layer.op != "conv":
-                raise QuantPlanError(f"layer {name!r} is no convolution but has an output grid")
-            scales = [*layer.weight_scale, layer.input.scale, *([layer.output.scale] if layer.output else [])]
+            if layer.output is not None and (layer.op != "conv" or layer.input is None):
+                raise QuantPlanError(f"layer {name!r} has an output grid but is no integer convolution")
+            grids = [grid for grid in (layer.input, layer.output) if grid is not None]
+            scales = [*layer.weight_scale, *(grid.scale for grid in grids)]
             if not layer.weight_scale or not all(math.isfinite(scale) and scale > 0 for scale in scales):
                 raise QuantPlanError(f"layer {name!r} has a scale that is not positive and finite")
-            for grid in (layer.input, layer.output):
-                if grid is not None and not 0 <= grid.zero_point <= 255:
+            for grid in grids:
+                if not 0 <= grid.zero_point <= 255:
                     raise QuantPlanError(f"layer {name!r} has the zero point {grid.zero_point}, outside 0..255")
 
     def to_json(self) -> str:
@@ -139,10 +151,6 @@ class QuantPlan:
 
 def _layer(raw: dict[str, Any]) -> LayerQuant:
     raw = dict(raw)
-    output = raw.pop("output")
-    return LayerQuant(
-        weight_scale=tuple(float(scale) for scale in raw.pop("weight_scale")),
-        input=Affine(**raw.pop("input")),
-        output=None if output is None else Affine(**output),
-        **raw,
-    )
+    grids = {key: None if raw[key] is None else Affine(**raw[key]) for key in ("input", "output")}
+    scales = tuple(float(scale) for scale in raw.pop("weight_scale"))
+    return LayerQuant(weight_scale=scales, **(raw | grids))
