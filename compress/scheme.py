@@ -94,5 +94,5 @@ def scheme(name: str) -> Scheme:
         RecipeError: the name is unknown; gives the nearest one and all that exist.
     """
     if name not in SCHEMES:
-        raise RecipeError(unknown(name, "a number format", SCHEMES))
+        raise RecipeError(unknown(name, "a scheme", SCHEMES))
     return SCHEMES[name]

@@ -45,14 +45,26 @@ TARGETS: dict[str, Target] = {
             device="cpu",
             backend="openvino",
             dialect="openvino",
-            formats={"float32": "native", "float16": "storage only", "bf16": "native", "int8-w8a8": "native"},
+            formats={
+                "float32": "native",
+                "float16": "storage only",
+                "bf16": "native",
+                "int8-w8a32": "storage only",
+                "int8-w8a8": "native",
+            },
         ),
         Target(
             name="onnxruntime-cpu",
             device="cpu",
             backend="onnxruntime",
             dialect="onnxruntime",
-            formats={"float32": "native", "float16": "storage only", "bf16": "storage only", "int8-w8a8": "native"},
+            formats={
+                "float32": "native",
+                "float16": "storage only",
+                "bf16": "storage only",
+                "int8-w8a32": "storage only",
+                "int8-w8a8": "native",
+            },
         ),
     )
 }
