@@ -36,7 +36,7 @@ class TargetEntry:
         options: function -> options of the backend for it.
         evidence: how it is known to work, e.g. `ran (cpu model, date)`.
         measured: metric -> number, on the machine the evidence names.
-        formats: part -> how its number format runs here: `native`, `storage only` or `simulated`.
+        formats: part -> scheme -> how it runs here: `native`, `storage only` or `simulated`.
     """
 
     backend: str
@@ -45,7 +45,7 @@ class TargetEntry:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evidence: str = "built"
     measured: Mapping[str, float] = field(default_factory=dict)
-    formats: Mapping[str, str] = field(default_factory=dict)
+    formats: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

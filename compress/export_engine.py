@@ -1,0 +1,422 @@
+"""Writes an engine folder: each function exported once in float, lowered per dialect, pooled, hashed, proved to run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.errors import PassError, RefusedError
+from compress.optimum_layout import write_optimum_layout
+from compress.passes.base import Progress, silent
+from compress.store import Store
+from compress.tokenizers import save_tokenizer
+from export import conditioning as text
+from export.backends import available, backend
+from export.engine import Engine
+from export.errors import EngineError, ExportError
+from export.manifest import STEP_PLAN, Golden, Manifest, TargetEntry
+from export.qdq import Lowered, LoweringError, lower, require_all
+from export.target import Target
+from export.to_onnx import OPSET, export_module, strip_metadata
+from export.tokenizer import FILE as TOKENIZER_FILE
+from export.weights import FILE as POOL_FILE
+from export.weights import write_pool
+
+if TYPE_CHECKING:
+    import onnx
+
+    from compress.model import LatentDiffusion
+
+Sizes = tuple[int, int, int]
+"""Least, best and greatest."""
+
+GOLDEN_TOLERANCE = {False: 1e-3, True: 5e-2}
+"""Relative error allowed when the golden latents are recomputed elsewhere, without and with integer arithmetic (where
+one value that rounds the other way changes all that follow)."""
+
+INTEGER_KERNELS = frozenset(
+    {"QLinearConv", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul", "Convolution", "FullyConnected", "MatMul"}
+)
+"""Kinds of operation, in the records of the runtimes, that a quantized layer becomes."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One graph to write: a function of the runtime.
+
+    Attributes:
+        function: segment or part; what the runtime calls.
+        part: whose quantization plan applies.
+        folder, file: where it goes, without the ending.
+        module: with `prefix` before the component's module names.
+        example, check: inputs at two sizes.
+        axes: what is dynamic.
+    """
+
+    function: str
+    part: str
+    folder: str
+    file: str
+    module: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    example: Mapping[str, Tensor]
+    check: Mapping[str, Tensor]
+    axes: Mapping[str, Mapping[int, str]]
+
+
+def export_engine(
+    model: LatentDiffusion,
+    targets: Sequence[Target],
+    shapes: Mapping[str, Sizes],
+    folder: Path,
+    *,
+    files: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    golden_prompts: Sequence[Any] = (),
+    store: Store | None = None,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write an engine into an empty folder. Equal models give equal engines: the same files, the same `engine_hash`.
+
+    A size with one value is fixed in the graphs, which makes them faster to build and to run; a range is dynamic. The
+    batch is always dynamic.
+
+    Args:
+        model: with a step plan; its quantization plans are lowered.
+        targets: whose runtimes and dialects the engine serves.
+        shapes: `batch`, `height`, `width` (pixels) and perhaps `prompt_tokens` -> least, best, greatest.
+        folder: empty or absent; publish it with `compress.swap.swap_in`.
+        files: further texts to put in, by path (the recipe).
+        provenance: for the manifest.
+        golden_prompts: whose latents, with seeds 0, 1, ..., are kept to verify the engine later.
+        store: keeps the float graphs by content, so that a killed or edited run need not export them again.
+        progress: receives what is done.
+
+    Raises:
+        RefusedError: a size does not fit the model, or a target does not know a number format of it.
+        PassError: a graph does not compute what its module does, or its integer layers do not run as integers.
+    """
+    if model.step_plan is None:
+        raise PassError("the model has no step plan yet, so it cannot be exported")
+    shapes = _checked_shapes(model, shapes)
+    plan = model.step_plan
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = list(_jobs(model, shapes))
+    dialects = sorted({row.dialect for row in targets}, key=lambda name: (name != "onnxruntime", name))
+    graphs: dict[str, dict[str, str]] = {dialect: {} for dialect in dialects}
+    lowered: dict[tuple[str, str], Lowered] = {}
+    pools: dict[str, dict[str, onnx.ModelProto]] = {}
+    for done, job in enumerate(jobs):
+        progress("export", done, len(jobs))
+        written = _float_graph(job, store)
+        for dialect in dialects:
+            quantized = job.part in model.quant_plans
+            own = quantized and bool(model.quant_plans[job.part].integer_layers)
+            if dialect != dialects[0] and not own:
+                graphs[dialect][job.function] = graphs[dialects[0]][job.function]
+                continue
+            graph = type(written)()
+            graph.CopyFrom(written)
+            if quantized:
+                lowered[job.function, dialect] = _lower(graph, model, job, dialect)
+            strip_metadata(graph)
+            name = job.file if dialect == dialects[0] else f"{job.file}.{dialect}"
+            pools.setdefault(job.folder, {})[name] = graph
+            graphs[dialect][job.function] = f"{job.folder}/{name}.onnx"
+    progress("export", len(jobs), len(jobs))
+    _require_all_lowered(model, jobs, lowered)
+    for name, models in pools.items():
+        write_pool(models, folder / name)
+    run = {path for paths in graphs.values() for path in paths.values()}
+    run |= {f"{name}/{POOL_FILE}" for name in pools if (folder / name / POOL_FILE).exists()}
+    (folder / STEP_PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
+    run.add(STEP_PLAN)
+    for name, tokenizer in model.tokenizers.items():
+        save_tokenizer(tokenizer, folder / name)
+        run.add(f"{name}/{TOKENIZER_FILE}")
+    if len(plan.paths) == 1 and len(plan.segments) == 1:
+        write_optimum_layout(model, folder)
+    for path, content in (files or {}).items():
+        (folder / path).write_text(content, encoding="utf-8")
+    manifest = Manifest(
+        family=model.family.name,
+        latent=model.latent,
+        conditioning=model.conditioning,
+        tokenizers={name: name for name in model.tokenizers},
+        shapes=shapes,
+        targets={row.name: _target_entry(model, row, graphs[row.dialect], jobs) for row in targets},
+        provenance={"model": model.hash(), **(provenance or {})},
+    ).sealed(folder, run)
+    manifest.write(folder)
+    _prove_kernels(folder, manifest, jobs, lowered, progress)
+    if golden_prompts:
+        manifest = _record_golden(folder, manifest, golden_prompts, bool(lowered), progress)
+        manifest = manifest.sealed(folder, run)
+        manifest.write(folder)
+    return manifest
+
+
+def _checked_shapes(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> dict[str, Sizes]:
+    """All four sizes, in pixels and tokens.
+
+    Raises:
+        RefusedError: a side is no multiple of what the model can take, or prompts are padded to another length.
+    """
+    step = model.latent["downscale"] * model.latent["multiple"]
+    for name in ("height", "width"):
+        wrong = [size for size in shapes[name] if size % step]
+        if wrong:
+            raise RefusedError(f"shapes.{name}: {wrong[0]} is no multiple of {step} pixels, which this model needs")
+        free = {axis for axes in model.family.dynamic_axes().values() for axis in axes.values()}
+        if shapes[name][0] != shapes[name][2] and name not in free:
+            raise RefusedError(
+                f"shapes.{name}: a {model.family.name} denoiser has one size; give one value, not a range"
+            )
+    encoders = model.conditioning.get("encoders") or [{"max_length": 1}]
+    length = int(encoders[0]["max_length"])
+    low, best, high = shapes.get("prompt_tokens") or (length, length, length)
+    if not low <= length <= high:
+        raise RefusedError(f"shapes.prompt_tokens: prompts of this model are padded to {length} tokens; allow for that")
+    return {**{name: shapes[name] for name in ("batch", "height", "width")}, "prompt_tokens": (low, best, high)}
+
+
+def _jobs(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> Iterator[_Job]:
+    """Every graph of the engine, the denoiser's segments first."""
+    downscale = model.latent["downscale"]
+    dynamic = {"batch"} | {name for name, (low, _, high) in shapes.items() if low != high}
+    sizes = [
+        {"batch": batch, **{name: _pick(shapes[name], other) for name in ("height", "width", "prompt_tokens")}}
+        for batch, other in ((2, False), (1, True))
+    ]
+    for size in sizes:
+        size["height"], size["width"] = size["height"] // downscale, size["width"] // downscale
+    parts = model.parts()
+    del parts["denoiser"]
+    yield from _segment_jobs(model, dynamic, sizes)
+    for name, part in parts.items():
+        example, check = (_part_inputs(part, size) for size in sizes)
+        axes = _axes(example, check, part.axes, dynamic)
+        yield _Job(name, name, name, "model", part, part.inputs, part.outputs, example, check, axes)
+
+
+def _segment_jobs(model: LatentDiffusion, dynamic: set[str], sizes: Sequence[Mapping[str, int]]) -> Iterator[_Job]:
+    segments = model.segments()
+    extra = _extra_tokens(model)
+    tensors = [
+        model.family.example_inputs(model.denoiser, **{**size, "prompt_tokens": size["prompt_tokens"] + extra})
+        for size in sizes
+    ]
+    for segment in segments:
+        example, check = ({name: known[name] for name in segment.inputs} for known in tensors)
+        axes = _axes(example, check, model.family.dynamic_axes(), dynamic)
+        file = "model" if len(segments) == 1 else segment.name
+        yield _Job(
+            segment.name,
+            "denoiser",
+            model.family.part,
+            file,
+            segment.module,
+            segment.inputs,
+            segment.outputs,
+            example,
+            check,
+            axes,
+        )
+        for known in tensors:
+            with torch.no_grad():
+                known.update(zip(segment.outputs, segment.module(**{k: known[k] for k in segment.inputs}), strict=True))
+
+
+def _extra_tokens(model: LatentDiffusion) -> int:
+    """How many more text tokens the denoiser sees than the first encoder reads (a second, or zeros in its place)."""
+    encoders = model.conditioning.get("encoders")
+    if not encoders:
+        return 0
+    from compress.tokenizers import portable
+
+    tokenizers = {name: portable(tokenizer) for name, tokenizer in model.tokenizers.items()}
+    tensors = text.encode(model.conditioning, tokenizers, model.functions(simulate=False), text.unconditional(1))
+    return int(tensors["encoder_hidden_states"].shape[1]) - int(encoders[0]["max_length"])
+
+
+def _part_inputs(part: Any, size: Mapping[str, int]) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor] = part.example_inputs(**size)
+    return {name: inputs[name] for name in part.inputs}
+
+
+def _pick(sizes: Sizes, other: bool) -> int:
+    """The best size, or another one where there is any."""
+    low, best, high = sizes
+    return best if not other else low if low != best else high
+
+
+def _axes(
+    example: Mapping[str, Tensor],
+    check: Mapping[str, Tensor],
+    known: Mapping[str, Mapping[int, str]],
+    dynamic: set[str],
+) -> dict[str, dict[int, str]]:
+    """Input -> its dynamic dimensions. What the family does not name differs between the two sizes."""
+    axes = {}
+    for name, tensor in example.items():
+        differing = [d for d, size in enumerate(tensor.shape) if size != check[name].shape[d]]
+        if name in known:
+            axes[name] = {d: axis for d, axis in known[name].items() if axis in dynamic and d in differing}
+        else:
+            axes[name] = {d: "batch" if d == 0 else f"{name}_{d}" for d in differing}
+    return axes
+
+
+def _float_graph(job: _Job, store: Store | None) -> onnx.ModelProto:
+    """The function in float, from the store where it was exported before."""
+    import onnx
+
+    def export() -> onnx.ModelProto:
+        try:
+            return export_module(job.module, job.example, job.axes, job.outputs, job.check, name=job.function)
+        except ExportError as error:
+            raise PassError(str(error)) from error
+
+    if store is None:
+        return export()
+    inputs = {
+        "what": "float graph",
+        "module": type(job.module).__name__,
+        "component": _content(job.module.component),
+        "function": job.function,
+        "inputs": {name: [list(tensor.shape), list(job.check[name].shape)] for name, tensor in job.example.items()},
+        "outputs": list(job.outputs),
+        "axes": {name: {str(d): axis for d, axis in axes.items()} for name, axes in job.axes.items()},
+        "opset": OPSET,
+    }
+    return store.fetch(
+        inputs,
+        lambda folder: _keep(export(), folder),
+        lambda folder: onnx.load(folder / "graph.onnx"),
+    )
+
+
+def _keep(graph: onnx.ModelProto, folder: Path) -> None:
+    write_pool({"graph": graph}, folder)
+
+
+def _content(component: nn.Module) -> str:
+    """SHA-256 of a network: its configuration and its weights."""
+    config: Any = getattr(component, "config", {})
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(component.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _lower(graph: onnx.ModelProto, model: LatentDiffusion, job: _Job, dialect: str) -> Lowered:
+    try:
+        return lower(graph, model.quant_plans[job.part], dialect, prefix=f"{job.module.prefix}.", partial=True)
+    except LoweringError as error:
+        raise PassError(f"{job.function}: {error}") from error
+
+
+def _require_all_lowered(
+    model: LatentDiffusion, jobs: Sequence[_Job], lowered: Mapping[tuple[str, str], Lowered]
+) -> None:
+    """Every layer of every plan must be in some graph, in each dialect that has graphs of its own."""
+    for part, plan in model.quant_plans.items():
+        functions = {job.function for job in jobs if job.part == part}
+        for dialect in {key[1] for key in lowered if key[0] in functions}:
+            try:
+                require_all(plan, [lowered[name, dialect] for name in functions])
+            except LoweringError as error:
+                raise PassError(f"{part}: {error}") from error
+
+
+def _target_entry(model: LatentDiffusion, row: Target, graphs: Mapping[str, str], jobs: Sequence[_Job]) -> TargetEntry:
+    formats: dict[str, dict[str, str]] = {}
+    options = {}
+    for job in jobs:
+        plan = model.quant_plans.get(job.part)
+        if plan is None:
+            continue
+        schemes = {layer.scheme for layer in plan.layers.values()} | {plan.storage}
+        if plan.inference_precision == "bfloat16":
+            schemes.add("bf16")
+            options[job.function] = {"inference_precision": "bfloat16"}
+        for scheme in sorted(schemes):
+            if scheme not in row.formats:
+                raise RefusedError(f"the target {row.name} does not know the number format {scheme} of {job.part}")
+            formats.setdefault(job.part, {})[scheme] = row.formats[scheme]
+    return TargetEntry(row.backend, row.dialect, dict(sorted(graphs.items())), options, formats=formats)
+
+
+def _prove_kernels(
+    folder: Path,
+    manifest: Manifest,
+    jobs: Sequence[_Job],
+    lowered: Mapping[tuple[str, str], Lowered],
+    progress: Progress,
+) -> None:
+    """Read from the runtimes' own records that every integer layer ran on an integer kernel.
+
+    Raises:
+        PassError: names the graph and how many did not.
+    """
+    for name, row in manifest.targets.items():
+        planned = [job for job in jobs if (job.function, row.dialect) in lowered]
+        if not planned or not available(row.backend):
+            continue
+        for done, job in enumerate(planned):
+            progress(f"executed kernels of {name}", done, len(planned))
+            nodes = lowered[job.function, row.dialect].nodes
+            expected = sum(count for kind, count in nodes.items() if kind != "weight only")
+            if not expected:
+                continue
+            arrays = {key: tensor.numpy() for key, tensor in job.check.items()}
+            options = row.options.get(job.function, {})
+            kernels = backend(row.backend).executed_kernels(folder / row.graphs[job.function], arrays, options)
+            ran = Counter((kernel.operation, kernel.precision) for kernel in kernels.values())
+            integer = sum(n for (kind, precision), n in ran.items() if kind in INTEGER_KERNELS and precision == "int8")
+            if integer < expected:
+                raise PassError(
+                    f"{name} runs {integer} of the {expected} integer layers of {job.function} on integer kernels; "
+                    f"executed were {dict(ran.most_common(8))}"
+                )
+
+
+def _record_golden(
+    folder: Path, manifest: Manifest, prompts: Sequence[Any], integer: bool, progress: Progress
+) -> Manifest:
+    """Run the engine on every target that runs here, and keep the final latents."""
+    golden = Golden(
+        prompts=tuple(prompts),
+        seeds=tuple(range(len(prompts))),
+        height=manifest.shapes["height"][1],
+        width=manifest.shapes["width"][1],
+        tolerance=GOLDEN_TOLERANCE[integer],
+        files={},
+    )
+    files = {}
+    for done, (name, row) in enumerate(manifest.targets.items()):
+        progress("golden latents", done, len(manifest.targets))
+        if not available(row.backend):
+            continue
+        try:
+            latents = Engine(folder, manifest, name, threads=1).golden_latents(golden)
+        except EngineError as error:
+            raise PassError(f"the engine does not run on {name}: {error}") from error
+        if not np.isfinite(latents).all():
+            raise PassError(f"the engine computes NaN or infinity on {name}")
+        files[name] = f"golden/{name}.npy"
+        (folder / "golden").mkdir(exist_ok=True)
+        np.save(folder / files[name], latents, allow_pickle=False)
+    return replace(manifest, golden=replace(golden, files=files))
