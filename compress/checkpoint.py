@@ -37,15 +37,15 @@ def refusing(what: str) -> Iterator[None]:
     """Turn whatever a library raises over the content of a folder into one sentence.
 
     Raises:
-        RefusedError: `what`, then the first line of the cause.
+        RefusedError: `what`, then the cause.
     """
     try:
         yield
     except CompressError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RefusedError(f"{what}: {lines[0][:200]}") from error
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise RefusedError(f"{what}: {cause[:200]}") from error
 
 
 def inside(root: Path, relative: str) -> Path:
@@ -140,5 +140,7 @@ def _check_file(path: Path) -> int:
                 if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                     raise RefusedError(f"{path} holds NaN or Inf in {name!r}: the checkpoint is damaged")
     except (SafetensorError, OSError) as error:
-        raise RefusedError(f"{path} is truncated or no safetensors file, fetch it again: {error}") from error
+        raise RefusedError(
+            f"{path} is truncated or no safetensors file, fetch it again: {' '.join(str(error).split())}"
+        ) from error
     return parameters

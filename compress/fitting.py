@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from compress.errors import RefusedError
 from compress.families import Network
 from compress.loader import Components
 
+_SHORTEST = 2  # start and end of text
 _LARGEST_ID = 2  # in CLIP configurations of old: the end of a text is where the token id is largest
 
 
@@ -18,6 +20,9 @@ def check_fit(components: Components) -> None:
     Raises:
         RefusedError: names both components and both numbers.
     """
+    factor = components.vae.config.scaling_factor
+    if not isinstance(factor, int | float) or not math.isfinite(factor) or factor <= 0:
+        raise RefusedError(f"scaling_factor of the VAE is {factor!r}: it must be a positive number")
     for left, found, right, wanted in _pairs(components):
         if found != wanted:
             raise RefusedError(f"{left} is {found}, but {right} is {wanted}: the components are not of one model")
@@ -58,6 +63,8 @@ def _check_tokenizer(name: str, config: Network, tokenizer_name: str, tokenizer:
             f"{tokenizer_name} has {len(tokenizer)} tokens, but {name} embeds {config.vocab_size}: "
             "the components are not of one model"
         )
+    if tokenizer.model_max_length < _SHORTEST:
+        raise RefusedError(f"model_max_length of {tokenizer_name} is {tokenizer.model_max_length}: no prompt fits")
     if config.model_type == "t5":
         return
     if tokenizer.model_max_length > config.max_position_embeddings:

@@ -209,12 +209,12 @@ def _scheduler_config(root: Path, classes: Mapping[str, str]) -> dict[str, Any]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries from printing while they load; what matters is raised as an error."""
-    bars = transformers.utils.logging.is_progress_bar_enabled()
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), logging.root.manager.disable
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import RefusedError
@@ -165,19 +166,26 @@ class Family(ABC):
         ]
 
     def cuts(self, denoiser: Network) -> list[CutInfo]:
-        """Every place where the denoiser can be cut, with what its shallow path costs at the trained latent size."""
+        """Every place where the denoiser can be cut."""
+        return [self.cut_info(denoiser, cut) for cut in range(len(self.cut_names(denoiser)))]
+
+    def cut_info(self, denoiser: Network, cut: int) -> CutInfo:
+        """What one cut is, and what its shallow path costs at the latent size the denoiser was trained at.
+
+        Raises:
+            RefusedError: there is no such cut.
+        """
+        self._check_cut(denoiser, cut)
         side = self.latent_side(denoiser)
-        inputs = self.example_inputs(denoiser, batch=1, height=side, width=side, prompt_tokens=16)
-        macs = _macs(self.segments(denoiser, None)[0][0].module, inputs)
-        return [
-            CutInfo(
-                index=cut,
-                name=name,
-                macs_share=_share(macs, self.shallow_modules(denoiser, cut)),
-                parameter_share=self._parameter_share(denoiser, cut),
-            )
-            for cut, name in enumerate(self.cut_names(denoiser))
-        ]
+        inputs = self.example_inputs(denoiser, batch=1, height=side, width=side, prompt_tokens=77)
+        entry, deep, exit_, _ = self.pieces(denoiser, cut)
+        macs = _macs(denoiser, (entry, deep, exit_), inputs)
+        return CutInfo(
+            index=cut,
+            name=self.cut_names(denoiser)[cut],
+            macs_share=(macs["entry"] + macs["exit"]) / sum(macs.values()),
+            parameter_share=self._parameter_share(denoiser, cut),
+        )
 
     def segments(
         self, denoiser: Network, cut: int | None
@@ -195,9 +203,7 @@ class Family(ABC):
                 "denoiser", self.conditioning, (self.output,), lambda model, *tensors: (self.whole(model, *tensors),)
             )
             return [whole.bind(denoiser)], {"full": ("denoiser",)}, {}
-        known = len(self.cut_names(denoiser))
-        if not 0 <= cut < known:
-            raise RefusedError(f"there is no cut {cut}: the cuts of this denoiser are 0 to {known - 1}")
+        self._check_cut(denoiser, cut)
         entry, deep, exit_, slot = self.pieces(denoiser, cut)
         if self._parameter_share(denoiser, cut) > PAIR_SHARE:
             bound = [piece.bind(denoiser) for piece in (entry, deep, exit_)]
@@ -217,9 +223,17 @@ class Family(ABC):
         shallow = _chain("shallow", [entry, *read], (*self.conditioning, crossing), (self.output,))
         return full, shallow, Slot(crossing)
 
+    def _check_cut(self, denoiser: Network, cut: int) -> None:
+        known = len(self.cut_names(denoiser))
+        if not 0 <= cut < known:
+            raise RefusedError(f"there is no cut {cut}: the cuts of this denoiser are 0 to {known - 1}")
+
     def _parameter_share(self, denoiser: Network, cut: int) -> float:
+        """The parameters at or below the modules of the shallow path, as a fraction of all."""
+        tops = tuple(self.shallow_modules(denoiser, cut))
         sizes = {path: parameter.numel() for path, parameter in denoiser.named_parameters()}
-        return _share(sizes, self.shallow_modules(denoiser, cut))
+        shallow = [path for path in sizes if any(path == top or path.startswith(top + ".") for top in tops)]
+        return sum(sizes[path] for path in shallow) / sum(sizes.values())
 
 
 def _chain(name: str, pieces: Sequence[Piece], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Piece:
@@ -234,29 +248,23 @@ def _chain(name: str, pieces: Sequence[Piece], inputs: tuple[str, ...], outputs:
     return Piece(name, inputs, outputs, run)
 
 
-def _share(amounts: Mapping[str, int], paths: Iterable[str]) -> float:
-    """The fraction of the total that lies at or below `paths`."""
-    tops = tuple(paths)
-    inside = sum(n for key, n in amounts.items() if any(key == top or key.startswith(top + ".") for top in tops))
-    return inside / max(1, sum(amounts.values()))
+def _macs(denoiser: Network, pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Multiply-accumulates of every piece (convolutions, matrix products, attention); shapes only, nothing is run."""
+    known, macs = dict(inputs), {}
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        for piece in pieces:
+            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+                outputs = piece.run(denoiser, *(known[name] for name in piece.inputs))
+            known.update(zip(piece.outputs, outputs, strict=True))
+            macs[piece.name] = counter.get_total_flops() // 2
+    return macs
 
 
-def _macs(module: SegmentModule, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """Multiply-accumulates of one run (convolutions, matrix products, attention) by path of the innermost module."""
-    counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), counter:
-        module(**inputs)
-    prefix = f"{type(module).__name__}.denoiser."
-    counts = {
-        path.removeprefix(prefix): sum(operations.values()) // 2
-        for path, operations in counter.get_flop_counts().items()
-        if path.startswith(prefix)
-    }
-    own = dict(counts)
-    for path, count in counts.items():
-        parent = path.rpartition(".")[0]
-        while parent and parent not in counts:
-            parent = parent.rpartition(".")[0]
-        if parent:
-            own[parent] -= count
-    return own
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of (batch, heads, tokens, width) shapes: two per multiply-accumulate of both matrix products."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""What FlopCounterMode does not know of."""

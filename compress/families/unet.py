@@ -96,6 +96,8 @@ class UNet(Family):
                 f"the UNet takes {config.in_channels} channels and gives {config.out_channels}; inpainting and image "
                 "conditioning by extra input channels are not supported: use a model with as many in as out"
             )
+        if not isinstance(config.sample_size, int):
+            raise RefusedError("the UNet's config.json must give the side of its latent as one number (sample_size)")
         if not isinstance(config.cross_attention_dim, int):
             raise RefusedError("the UNet has a cross_attention_dim for every block; only one for all is supported")
         for key, meaning in _PLAIN_ONLY.items():

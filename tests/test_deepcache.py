@@ -1,0 +1,135 @@
+"""Cut k of a UNet against branch k of the official DeepCache package, installed for this test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from compress.families import FAMILIES
+from compress.model import load
+from compress.passes.base import PassContext
+from compress.passes.cache import Cache
+from compress.sampler import compile_sampler
+from compress.tokenizers import portable
+from export.runtime import LatentSpec, Runtime
+from export.step_plan import Segment
+from tests import tiny
+
+pytestmark = [pytest.mark.network, pytest.mark.slow]
+
+BRANCHES = 9  # three levels of two layers: the package counts three branches to a level
+
+
+@pytest.fixture(scope="module")
+def helper_class(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """DeepCacheSDHelper of the package `DeepCache`, installed without its dependencies into a folder of its own."""
+    folder = tmp_path_factory.mktemp("deepcache")
+    options = ["--quiet", "--no-deps", "--disable-pip-version-check", "--target", str(folder)]
+    command = [sys.executable, "-m", "pip", "install", *options, "DeepCache==0.1.1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.skip(f"DeepCache cannot be installed: {result.stderr.strip().splitlines()[-1]}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        from DeepCache import DeepCacheSDHelper
+
+        assert Path(sys.modules["DeepCache"].__file__ or "").is_relative_to(folder)
+    return DeepCacheSDHelper
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    unet = tiny.unet(
+        layers_per_block=2,
+        block_out_channels=(16, 16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    tiny.shake(unet)
+    return unet
+
+
+@pytest.mark.parametrize("branch", range(BRANCHES))
+def test_cut_is_branch(helper_class: Any, unet: UNet2DConditionModel, branch: int) -> None:
+    """A stale call of the package equals our shallow path on the slot of the call before: difference 0.0."""
+    family = FAMILIES[type(unet).__name__]
+    assert len(family.cut_names(unet)) == BRANCHES
+    times = torch.tensor([900.0, 800.0])
+    first = family.example_inputs(unet, 2, tiny.SIDE, tiny.SIDE, 5) | {"timestep": times[:1].repeat(2)}
+    second = first | {"sample": first["sample"].flip(0) * 0.9, "timestep": times[1:].repeat(2)}
+    text = first["encoder_hidden_states"]
+
+    segments, paths, _ = family.segments(unet, branch)
+    by_name = {segment.name: segment for segment in segments}
+    known: dict[str, torch.Tensor] = {}
+    helper = helper_class(types.SimpleNamespace(unet=unet, scheduler=types.SimpleNamespace(timesteps=times)))
+    helper.set_params(cache_interval=2, cache_branch_id=branch)
+    with torch.inference_mode():
+        for inputs, path in ((first, "full"), (second, "shallow")):
+            known |= inputs
+            for name in paths[path]:
+                outputs = by_name[name].module(**{key: known[key] for key in by_name[name].inputs})
+                known |= zip(by_name[name].outputs, outputs, strict=True)
+        fresh = family.whole(unet, *second.values())
+        helper.enable()
+        unet(first["sample"], times[0], encoder_hidden_states=text)
+        theirs = unet(second["sample"], times[1], encoder_hidden_states=text).sample
+        helper.disable()
+    assert (known[family.output] - theirs).abs().max() == 0.0
+    assert (theirs - fresh).abs().max() > 1e-4, "nothing was cached, so the comparison proves nothing"
+
+
+@pytest.mark.parametrize(("branch", "interval"), [(0, 2), (1, 3), (4, 2)])
+def test_whole_run(
+    helper_class: Any, unet: UNet2DConditionModel, tiny_folder: Callable[[str], Path], branch: int, interval: int
+) -> None:
+    """The package in the diffusers pipeline and the cache pass in our runtime end in the same latents."""
+    steps, guidance, prompt = 7, 3.0, "a large red circle"
+    noise = np.random.default_rng(0).standard_normal((1, 4, tiny.SIDE, tiny.SIDE)).astype(np.float32)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder("unet"), safety_checker=None)
+    pipeline.unet = unet
+    pipeline.set_progress_bar_config(disable=True)
+
+    def theirs() -> np.ndarray:
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
+        return pipeline(prompt, latents=torch.from_numpy(noise), **options).images.numpy()
+
+    fresh = theirs()
+    helper = helper_class(pipeline)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    expected = theirs()
+    helper.disable()
+
+    model = load(tiny_folder("unet"))
+    model.denoiser = unet
+    segments = {segment.name: Segment(segment.inputs, segment.outputs) for segment in model.segments()}
+    scheduler = model.scheduler_config
+    model.step_plan = compile_sampler(
+        scheduler["_class_name"], scheduler, steps, guidance, segments=segments, paths={"full": ("denoiser",)}
+    )
+    cache = Cache(cut=branch, interval=interval)
+    cache.apply(model, cache.plan(model, []), PassContext([], 0, 2 * tiny.SIDE, 2 * tiny.SIDE))
+    assert model.step_plan is not None
+    runtime = Runtime(
+        model.step_plan,
+        model.functions(),
+        model.conditioning,
+        LatentSpec(**model.latent),
+        {name: portable(tokenizer) for name, tokenizer in model.tokenizers.items()},
+    )
+    ours = runtime.sample([prompt], noise=noise)
+    scale = np.abs(expected).max()
+    assert np.abs(ours - expected).max() <= 1e-5 * scale
+    assert np.abs(expected - fresh).max() > 1e-3 * scale, "nothing was cached, so the comparison proves nothing"
