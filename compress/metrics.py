@@ -13,6 +13,10 @@ DB_CAP = 150.0
 
 Z95 = 1.959963984540054
 FRECHET_DIMENSIONS = 32
+FRECHET_MINIMUM = 32
+"""Fewer pictures than this give no Frechet distance worth a number."""
+
+SSIM_WINDOW = 11
 BOOTSTRAP_ROUNDS = 100
 
 
@@ -111,19 +115,19 @@ def ssim(reference: np.ndarray, images: np.ndarray) -> Estimate:
         images: the same shape.
     """
     _same_shape(reference, images)
-    if min(reference.shape[1:3]) < _WINDOW.size:
-        raise ValueError(f"SSIM needs pictures of at least {_WINDOW.size} x {_WINDOW.size} pixels")
+    if min(reference.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels")
     return mean(np.array([_ssim(a, b) for a, b in zip(reference, images, strict=True)]))
 
 
-_WINDOW = np.exp(-0.5 * np.square(np.arange(-5, 6) / 1.5))
+_WINDOW = np.exp(-0.5 * np.square((np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) / 1.5))
 _WINDOW /= _WINDOW.sum()
 
 
 def _blur(image: np.ndarray) -> np.ndarray:
     """Average over the Gaussian window; (height, width, channels) loses ten rows and ten columns."""
     for axis in (0, 1):
-        length = image.shape[axis] - _WINDOW.size + 1
+        length = image.shape[axis] - SSIM_WINDOW + 1
         rows = [weight * np.take(image, range(i, i + length), axis) for i, weight in enumerate(_WINDOW)]
         image = np.sum(rows, axis=0)
     return image
@@ -164,8 +168,8 @@ def frechet_distance(
     """
     features, reference = np.asarray(features, np.float64), np.asarray(reference, np.float64)
     n, m = len(features), len(reference)
-    if n < 4 or m < 4:
-        raise ValueError(f"a Frechet distance needs at least 4 pictures on each side, not {n} and {m}")
+    if min(n, m) < FRECHET_MINIMUM:
+        raise ValueError(f"a Frechet distance needs at least {FRECHET_MINIMUM} pictures on each side, not {n} and {m}")
     if paired and n != m:
         raise ValueError(f"paired features need equal counts, not {n} and {m}")
     centre = reference.mean(axis=0)

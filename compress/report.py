@@ -12,6 +12,8 @@ from compress.errors import PassError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from export.step_plan import StepPlan
+
 SCHEMA_VERSION = 1
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -125,8 +127,7 @@ class Baseline(_Plain):
         role: what it stands for.
         steps: sampling steps.
         threads: of the latency.
-        latency_ms: median, as timed, or as the sum of timed parts where `estimated`.
-        estimated: the latency is a straight line through two timed step counts.
+        latency_ms: median.
         quality: metric -> value.
         interval: metric -> 95 % interval.
         samples: how many pictures the quality comes from.
@@ -137,7 +138,6 @@ class Baseline(_Plain):
     steps: int
     threads: int
     latency_ms: Number
-    estimated: bool = False
     quality: dict[str, Number] = {}
     interval: dict[str, Interval] = {}
     samples: int = 0
@@ -224,6 +224,23 @@ class Plan(_Plain):
     prediction: str
     paths: dict[str, tuple[str, ...]]
     rows: tuple[PlanRow, ...]
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Plan:
+        """Take from a step plan what the report draws."""
+        scale = plan.key.get("guidance_scale")
+        guided = any(step.guidance == "cfg" for step in plan.steps)
+        return cls(
+            sampler=str(plan.key.get("scheduler", "")),
+            steps=int(plan.key.get("steps", plan.network_calls)),
+            guidance_scale=float(scale) if scale is not None and guided else None,
+            prediction=plan.prediction,
+            paths={name: tuple(path) for name, path in plan.paths.items()},
+            rows=tuple(
+                PlanRow(t=step.t, path=step.path, reads=dict(step.read), writes=step.write, guidance=step.guidance)
+                for step in plan.steps
+            ),
+        )
 
 
 class Verdict(_Plain):

@@ -233,7 +233,7 @@ def _tradeoffs(report: Report) -> list[dict[str, str]]:
                 baseline.latency_ms,
                 baseline.quality[metric],
                 _CSS[baseline.role],
-                hollow=baseline.estimated,
+                hollow=baseline.role == "fewer steps",
                 interval=baseline.interval.get(metric),
             )
             for baseline in report.baselines

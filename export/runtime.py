@@ -98,6 +98,19 @@ class Runtime:
         self._full = "full" if "full" in plan.paths else next(iter(plan.paths))
         self._programs: dict[int, tuple[StepPlan, list[Row]]] = {}
 
+    def altered(self, plan: StepPlan | None = None, functions: Mapping[str, PartFunction] | None = None) -> Runtime:
+        """The same runtime over another plan of the same segments, or over other functions."""
+        return Runtime(
+            self.plan if plan is None else plan,
+            self.functions if functions is None else functions,
+            self.conditioning,
+            self.latent,
+            self.tokenizers,
+            latent_input=self.latent_input,
+            timestep_rank=self._timestep_rank,
+            timestep_dtype=self._timestep_dtype.name,
+        )
+
     def encode(self, prompts: Prompts) -> dict[str, np.ndarray]:
         """Turn prompts (or class labels) into the conditioning tensors of the denoiser, one row per prompt.
 

@@ -119,7 +119,7 @@ def test_frechet_distance_reduces_wide_features_and_knows_pairs() -> None:
     assert paired.interval is not None
     assert unpaired.interval is not None
     assert paired.interval[1] - paired.interval[0] < 0.1 * (unpaired.interval[1] - unpaired.interval[0])
-    with pytest.raises(ValueError, match="at least 4"):
+    with pytest.raises(ValueError, match="at least 32"):
         metrics.frechet_distance(reference[:3], reference, paired=False)
 
 
