@@ -37,7 +37,7 @@ def save(path: Path, nodes: list[onnx.NodeProto], constants: dict[str, np.ndarra
 
 
 def affine(folder: Path) -> Path:
-    """y = x @ WEIGHT + BIAS in float."""
+    """The graph of x @ WEIGHT + BIAS in float."""
     nodes = [helper.make_node("MatMul", ["x", "w"], ["p"], "product"), helper.make_node("Add", ["p", "b"], ["y"])]
     return save(folder / "affine.onnx", nodes, {"w": WEIGHT, "b": BIAS})
 
@@ -180,5 +180,5 @@ def test_targets() -> None:
     assert {row.backend for row in TARGETS.values()} <= set(BACKENDS)
     assert "int8-w8a8" in target("openvino-cpu").fast_formats
     assert target("onnxruntime-cpu").formats["bf16"] == "storage only"
-    with pytest.raises(EngineError, match="did you mean 'openvino-cpu'.*known targets: openvino-cpu, onnxruntime-cpu"):
+    with pytest.raises(EngineError, match=r"did you mean 'openvino-cpu'.*known targets: openvino-cpu, onnxruntime-cpu"):
         target("openvino-gpu")

@@ -21,7 +21,7 @@ def weight(seed: int) -> np.ndarray:
 
 
 def linear(*weights: np.ndarray) -> onnx.ModelProto:
-    """x @ weights[0] @ weights[1] ... + 1."""
+    """The graph of x @ weights[0] @ weights[1] ... + 1."""
     nodes, constants, tensor = [], [numpy_helper.from_array(np.ones(WIDTH, np.float32), "bias")], "x"
     for i, value in enumerate(weights):
         constants.append(numpy_helper.from_array(value, f"w{i}"))
