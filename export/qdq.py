@@ -278,7 +278,7 @@ class _Rewriter:
         from onnx import numpy_helper
 
         self.taken.add(name)
-        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
     def fresh(self, name: str) -> str:
