@@ -313,7 +313,8 @@ def _keep(graph: onnx.ModelProto, folder: Path) -> None:
 def _content(component: nn.Module) -> str:
     """SHA-256 of a network: its configuration and its weights."""
     config: Any = getattr(component, "config", {})
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    plain = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    plain.pop("_name_or_path", None)
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode())
     for name, tensor in sorted(component.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

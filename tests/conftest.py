@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from compress.store import Store
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,4 +33,24 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             folders[family] = tiny.save(family, tmp_path_factory.mktemp("tiny") / family)
         return folders[family]
 
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Where the float graphs of `tiny_engine` are kept."""
+    from compress.store import Store
+
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(
+    tiny_folder: Callable[[str], Path], engine_store: Store, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The engine folder of `tests.tiny_engine`; read only."""
+    from tests import tiny_engine
+
+    folder = tmp_path_factory.mktemp("engine") / "engine"
+    tiny_engine.build(tiny_engine.tiny_model(tiny_folder("unet")), folder, engine_store)
     return folder
