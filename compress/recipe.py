@@ -147,6 +147,7 @@ class Evaluate(BaseModel):
         against: baselines measured beside the original.
         threads: thread counts the latency is measured with.
         batch: pictures generated at once while measuring quality.
+        allow_slower: an engine slower than the original is no error.
     """
 
     model_config = CONFIG
@@ -157,6 +158,7 @@ class Evaluate(BaseModel):
     against: Annotated[tuple[Literal["fewer_steps", "plain_runtime"], ...], AfterValidator(_without_repeats)] = ()
     threads: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], BeforeValidator(_listed)] = (1,)
     batch: Annotated[int, Field(ge=1, le=4096)] = 8
+    allow_slower: bool = False
 
 
 class Gate(BaseModel):

@@ -1,0 +1,151 @@
+"""The flow on one screen: load, plan every edit, apply and check each pass, export, measure, publish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.estimate import Estimate, estimate
+from compress.model import LatentDiffusion, load
+from compress.passes.base import Edit, Pass, PassContext, Progress, silent
+from compress.prompts import check_disjoint, read_prompts
+from compress.publish import publish
+from compress.recipe_reader import pass_fields
+from compress.sampler import compile_sampler
+from compress.store import Store, cache_folder
+from export.step_plan import Segment
+from export.target import Target, target
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from compress.recipe import Recipe
+    from compress.report import Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave: always the edits; the engine folder and its report unless it was a dry run."""
+
+    recipe: Recipe
+    edits: Sequence[Edit]
+    estimate: Estimate
+    engine: Path | None = None
+    report: Report | None = None
+
+    def render(self) -> RenderableType:
+        """Return what the terminal shows."""
+        from compress.outcome_view import render
+
+        return render(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for `--json`."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "edits": [vars(edit) for edit in self.edits],
+            "estimate": self.estimate.to_dict(),
+            "engine": None if self.engine is None else str(self.engine),
+            "report": None if self.report is None else self.report.model_dump(mode="json"),
+        }
+
+
+def run(
+    recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, work_dir: Path | None = None
+) -> Outcome:
+    """Follow a recipe from a trained model to a measured engine folder.
+
+    A run that was killed goes on where it was, and an edited recipe repeats only what changed: results are kept by
+    content under `work_dir`.
+
+    Raises:
+        RefusedError: the model, a target or a pass refuses; before anything is computed.
+        PassError: a pass, the export or a measurement broke its promise.
+        GateError: a gate was not met; the engine is kept under `rejected/`.
+    """
+    store = Store((work_dir or cache_folder()) / "store")
+    original = load(recipe.locate(recipe.model))
+    sample(original, recipe)
+    targets = [target(name) for name in recipe.targets]
+    context = _context(recipe, progress)
+    edits = plan(original, recipe.passes, targets)
+    cost = estimate(recipe, original, edits)
+    if dry_run:
+        return Outcome(recipe, edits, cost)
+    stages = apply(original, recipe.passes, targets, context, store)
+    engine, report = publish(recipe, original, stages, targets, store, progress)
+    return Outcome(recipe, edits, cost, engine, report)
+
+
+def sample(model: LatentDiffusion, recipe: Recipe) -> None:
+    """Compile the recipe's sampler into the model's step plan."""
+    name = recipe.sampler.scheduler or model.scheduler_config["_class_name"]
+    segments, paths, slots = model.family.segments(model.denoiser, model.cut)
+    model.step_plan = compile_sampler(
+        name,
+        model.scheduler_config,
+        recipe.sampler.steps,
+        recipe.sampler.guidance_scale,
+        recipe.sampler.guidance_interval,
+        segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
+        paths=paths,
+        slots=slots,
+        options=recipe.sampler.options,
+    )
+
+
+def plan(model: LatentDiffusion, passes: Sequence[Pass], targets: Sequence[Target]) -> list[Edit]:
+    """List the edits of all passes on the model as it is; what cannot be done is refused here."""
+    return [edit for step in passes for edit in step.plan(model, targets)]
+
+
+def apply(
+    model: LatentDiffusion, passes: Sequence[Pass], targets: Sequence[Target], context: PassContext, store: Store
+) -> dict[str, LatentDiffusion]:
+    """Apply and check the passes in order, each on the result of the one before; results are stored by content.
+
+    Returns:
+        Pass name -> the model after it.
+    """
+    stages: dict[str, LatentDiffusion] = {}
+    for step in passes:
+        edits = step.plan(model, targets)
+        before = model
+
+        def make(folder: Path, step: Pass = step, edits: Sequence[Edit] = edits, before: LatentDiffusion = before) -> None:
+            changed = before.clone()
+            step.apply(changed, edits, context)
+            step.check(changed, edits)
+            changed.provenance.append({"pass": step.name, "fields": pass_fields(step)})
+            changed.save(folder)
+
+        inputs = {
+            "what": "pass",
+            "model": before.state_hash(),
+            "pass": step.name,
+            "fields": pass_fields(step),
+            "targets": [row.name for row in targets],
+            "calibration": [list(context.prompts), context.seed, context.height, context.width],
+        }
+        model = store.fetch(inputs, make, load)
+        step.check(model, edits)
+        stages[step.name] = model
+    return stages
+
+
+def _context(recipe: Recipe, progress: Progress) -> PassContext:
+    prompts = []
+    if recipe.calibration is not None:
+        prompts = read_prompts(recipe.locate(recipe.calibration.prompts), recipe.calibration.samples)
+    file = recipe.prompts_file()
+    if recipe.evaluate is not None and file is not None:
+        check_disjoint(prompts, read_prompts(file, recipe.evaluate.samples))
+    return PassContext(
+        prompts=[prompt.text for prompt in prompts],
+        seed=recipe.seed,
+        height=recipe.shapes.height.best,
+        width=recipe.shapes.width.best,
+        progress=progress,
+    )
