@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import product
@@ -12,7 +11,17 @@ import numpy as np
 import torch
 
 from compress.errors import RefusedError
-from compress.schedulers import NONLINEAR, ExactLatent, GivenNoise, SchedulerSetup, exact, noise_level, plain, set_up
+from compress.schedulers import (
+    NONLINEAR,
+    ExactLatent,
+    GivenNoise,
+    SchedulerSetup,
+    exact,
+    noise_level,
+    plain,
+    set_up,
+    twin,
+)
 from export.step_plan import Segment, Slot, Step, StepPlan, Update
 
 MAX_LAG = 16
@@ -128,7 +137,7 @@ def _prediction(scheduler: Any) -> str:
 
 def _noise_level(what: SchedulerSetup, scheduler: Any, row: int) -> tuple[float, float]:
     try:
-        return noise_level(copy.deepcopy(scheduler), row)
+        return noise_level(twin(scheduler), row)
     except RefusedError:
         raise
     except Exception as error:
@@ -169,7 +178,7 @@ class _Run:
             latents: the latent before every call, (calls, length); None feeds each result to the next call.
             noisy: whether the scheduler may draw noise; False saves the time of watching for it.
         """
-        scheduler = copy.deepcopy(prepared)
+        scheduler = twin(prepared)
         if begin and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         self.scale: list[float] = []
@@ -192,6 +201,8 @@ class _Run:
                     latent = plain(scheduler.step(exact(outputs[row]), t, x, return_dict=False, **what.step)[0])
                     if latent.numel() != x.numel():
                         raise RefusedError(f"{what.name} returns a latent of another shape")
+                    if not bool(torch.isfinite(latent).all()):
+                        raise RefusedError(f"{what.name} with these options gives values that are not finite")
                     after.append(latent)
         except RefusedError:
             raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -79,9 +81,10 @@ class SchedulerSetup:
         return parameter.default is inspect.Parameter.empty
 
 
-def names() -> list[str]:
+@functools.cache
+def names() -> tuple[str, ...]:
     """The names of all schedulers of the installed diffusers."""
-    return sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
+    return tuple(sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")))
 
 
 def set_up(name: str, config: Mapping[str, Any], steps: int, options: Mapping[str, Any]) -> SchedulerSetup:
@@ -189,6 +192,11 @@ class GivenNoise(TorchFunctionMode):
         if func in _RANDOM:
             raise RefusedError("the scheduler draws random numbers that are not standard-normal noise")
         return func(*args, **(kwargs or {}))
+
+
+def twin(scheduler: Any) -> Any:
+    """An independent copy; the configuration, which nothing changes, is shared."""
+    return copy.deepcopy(scheduler, {id(scheduler.config): scheduler.config})
 
 
 def exact(values: torch.Tensor) -> ExactLatent:
