@@ -36,7 +36,7 @@ _T5_TOKENS = {
     "PixArtAlphaPipeline": 120,
     "PixArtSigmaPipeline": 300,
 }
-"""How many tokens T5 reads, or how many zeros stand for it; what the diffusers pipelines take by default."""
+"""How many tokens T5 reads, or how many zeros stand for it, unless the folder says otherwise (as diffusers does)."""
 
 _VOLATILE = ("_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version", "torch_dtype", "dtype")
 
@@ -184,7 +184,9 @@ def load(path: str | Path) -> LatentDiffusion:
     """
     root = Path(path)
     components = load_components(root)
-    check_fit(components)
+    with refusing(f"{root / 'model_index.json'} cannot be followed"):
+        check_fit(components)
+        conditioning = _conditioning(components)
     model = LatentDiffusion(
         folder=root,
         index=components.index,
@@ -194,7 +196,7 @@ def load(path: str | Path) -> LatentDiffusion:
         text_encoders=components.text_encoders,
         tokenizers=components.tokenizers,
         scheduler_config=components.scheduler_config,
-        conditioning=_conditioning(components),
+        conditioning=conditioning,
         provenance=[{"loaded": root.name, "ignored": components.ignored}],
     )
     if (root / STATE_FILE).exists():
@@ -217,15 +219,21 @@ def _restore(model: LatentDiffusion, state: Mapping[str, Any], path: Path) -> No
 
 
 def _conditioning(components: Components) -> dict[str, Any]:
-    """The specification `export.conditioning` follows to make tensors of prompts as the diffusers pipeline does."""
+    """The specification `export.conditioning` follows to make tensors of prompts as the diffusers pipeline does.
+
+    `max_sequence_length` in model_index.json says how many T5 tokens, or zeros in their place, the model was trained
+    with; without it the default of the pipeline holds.
+    """
     config, index = components.denoiser.config, components.index
+    long = index.get("max_sequence_length", _T5_TOKENS.get(index["_class_name"]))
+    if long is not None and (not isinstance(long, int) or long < 1):
+        raise RefusedError(f"max_sequence_length in model_index.json is {long!r}: it must be a whole number above 0")
     encoders: list[dict[str, Any]] = []
     for name, encoder in components.text_encoders.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
-        limit = components.tokenizers[tokenizer].model_max_length
-        entry = {"part": name, "tokenizer": tokenizer, "max_length": limit}
+        entry = {"part": name, "tokenizer": tokenizer, "max_length": components.tokenizers[tokenizer].model_max_length}
         if encoder.config.model_type == "t5":
-            entry["max_length"] = min(limit, _T5_TOKENS[index["_class_name"]])
+            entry["max_length"] = min(entry["max_length"], long)
         elif components.family.name == "sd3":
             entry |= {"hidden": f"hidden_states.{encoder.config.num_hidden_layers - 1}", "pooled": "text_embeds"}
         encoders.append(entry)
@@ -233,18 +241,12 @@ def _conditioning(components: Components) -> dict[str, Any]:
         case "unet":
             return {"kind": "stable-diffusion", "encoders": encoders}
         case "sd3":
-            width, zeros = int(config.joint_attention_dim), _T5_TOKENS[index["_class_name"]]
-            return {
-                "kind": "stable-diffusion-3",
-                "encoders": encoders,
-                "joint_attention_dim": width,
-                "max_sequence_length": zeros,
-            }
+            joint = {"joint_attention_dim": int(config.joint_attention_dim), "max_sequence_length": long}
+            return {"kind": "stable-diffusion-3", "encoders": encoders, **joint}
         case "pixart":
             return {"kind": "pixart", "encoders": encoders}
-    labels = {
-        name: int(number) for number, names in (index.get("id2label") or {}).items() for name in names.split(", ")
-    }
+    named = (index.get("id2label") or {}).items()
+    labels = {name.strip(): int(number) for number, names in named for name in names.split(",")}
     return {"kind": "class", "encoders": [], "classes": int(config.num_embeds_ada_norm), "labels": labels}
 
 

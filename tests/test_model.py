@@ -109,6 +109,54 @@ def test_facts(tiny_folder: Folder) -> None:
     assert models["unet"].scheduler_config["_class_name"] == "DDIMScheduler"
 
 
+def test_folder_may_say_more(copied: Folder) -> None:
+    """The T5 tokens an MMDiT was trained with, and the names of classes, are read from model_index.json."""
+    folder = copied("sd3")
+    edit(folder, "model_index.json", max_sequence_length=1)
+    assert load(folder).conditioning["max_sequence_length"] == 1
+    folder = copied("dit")
+    edit(folder, "model_index.json", id2label={str(i): f"class {i}, {i}th" for i in range(10)})
+    labels = load(folder).conditioning["labels"]
+    assert (labels["class 7"], labels["9th"], len(labels)) == (7, 9, 20)
+
+
+def test_functions_simulate_quantization(tiny_folder: Folder) -> None:
+    """Planned layers of any part round their numbers, in every segment, unless simulation is off; weights stay."""
+    model = load(tiny_folder("unet"))
+    before, exact = model.hash(), run_all(model)
+    model.cut = 1
+    grid = Affine.of_range(-4.0, 4.0)
+    for part, name in [
+        ("denoiser", "mid_block.resnets.0.conv1"),
+        ("vae_decoder", "decoder.conv_in"),
+        ("text_encoder", next(n for n, m in model.text_encoders["text_encoder"].named_modules() if "fc1" in n)),
+    ]:
+        layer = model.parts()[part].component.get_submodule(name)
+        op = "conv" if layer.weight.ndim == 4 else "linear"
+        scales = tuple((layer.weight.flatten(1).abs().amax(1) / 127).tolist())
+        model.quant_plans[part] = QuantPlan({name: LayerQuant(op, "int8-w8a8", scales, grid)})
+    off, on = run_all(model, simulate=False), run_all(model)
+    for part, output in exact.items():
+        np.testing.assert_array_equal(off[part], output)
+        assert (part == "vae_encoder") == np.array_equal(on[part], output)
+        np.testing.assert_allclose(on[part], output, atol=0.2)
+    assert model.hash() == before
+
+
+def run_all(model: LatentDiffusion, simulate: bool = True) -> dict[str, np.ndarray]:
+    """The last output of every part on its example inputs, the denoiser through its segments."""
+    functions, sizes = model.functions(simulate), (2, tiny.SIDE, tiny.SIDE, tiny.PROMPT_TOKENS)
+    known = {key: value.numpy() for key, value in model.family.example_inputs(model.denoiser, *sizes).items()}
+    for segment in model.segments():
+        known |= functions[segment.name](known)
+    outputs = {"denoiser": known[model.family.output]}
+    for name, part in model.parts().items():
+        if name != "denoiser":
+            inputs = {key: value.numpy() for key, value in part.example_inputs(*sizes).items()}
+            outputs[name] = functions[name](inputs)[part.outputs[-1]]
+    return outputs
+
+
 def test_half_precision_is_widened(copied: Folder) -> None:
     """float16 files, also under a variant name, load as the float32 of the same numbers."""
     folder = copied("unet")
@@ -455,6 +503,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         edited("model_index.json", id2label={"0": "one"}),
         "number of labels in model_index.json is 1",
     ),
+    "labels": ("dit", edited("model_index.json", id2label=3), "model_index.json cannot be followed"),
+    "T5 tokens": ("sd3", edited("model_index.json", max_sequence_length="many"), "max_sequence_length in model_index"),
     "inpainting": ("unet", other_part("unet", "unet", in_channels=9), "takes 9 channels and gives 4"),
     # our own state
     "state is no JSON": ("unet", text(STATE_FILE, "nonsense"), "not valid JSON"),

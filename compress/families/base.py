@@ -170,7 +170,7 @@ class Family(ABC):
         return [self.cut_info(denoiser, cut) for cut in range(len(self.cut_names(denoiser)))]
 
     def cut_info(self, denoiser: Network, cut: int) -> CutInfo:
-        """What one cut is, and what its shallow path costs at the latent size the denoiser was trained at.
+        """What one cut is, and what its shallow path costs at the latent size of the training and 77 prompt tokens.
 
         Raises:
             RefusedError: there is no such cut.
