@@ -189,8 +189,11 @@ def _check(name: str, module: nn.Module, model: onnx.ModelProto, inputs: Sequenc
         session = _session(name, model, Path(folder))
         for tensors in inputs:
             sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
-            with torch.no_grad():
-                expected = module(**tensors)
+            try:
+                with torch.no_grad():
+                    expected = module(**tensors)
+            except Exception as error:
+                raise ExportError(f"{name} itself fails at {sizes}: {_sentence(error)}") from error
             expected = expected if isinstance(expected, tuple) else (expected,)
             taken = {value.name for value in session.get_inputs()}
             try:
