@@ -88,7 +88,8 @@ CASES: list[tuple[str, dict[str, Any], tuple[str | None, ...]]] = [
 ]
 LISTED = {
     "DDIMScheduler DDPMScheduler DDIMInverseScheduler DDIMParallelScheduler DDPMParallelScheduler",
-    "DEISMultistepScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler EDMDPMSolverMultistepScheduler EDMEulerScheduler",
+    "DEISMultistepScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "EulerDiscreteScheduler EulerAncestralDiscreteScheduler FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler HeunDiscreteScheduler KDPM2DiscreteScheduler KDPM2AncestralDiscreteScheduler",
     "LCMScheduler LMSDiscreteScheduler PNDMScheduler SASolverScheduler TCDScheduler UniPCMultistepScheduler",
