@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.estimate import Estimate, estimate
+from compress.measure import planned_metrics
 from compress.model import LatentDiffusion, load
 from compress.passes.base import Edit, Pass, PassContext, Progress, silent
 from compress.prompts import check_disjoint, read_prompts
@@ -15,6 +16,7 @@ from compress.publish import publish
 from compress.recipe_reader import pass_fields
 from compress.sampler import compile_sampler
 from compress.store import Store, cache_folder
+from compress.verdict import refuse_gates
 from export.step_plan import Segment
 from export.target import Target, target
 
@@ -52,9 +54,7 @@ class Outcome:
         }
 
 
-def run(
-    recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, work_dir: Path | None = None
-) -> Outcome:
+def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, work_dir: Path | None = None) -> Outcome:
     """Follow a recipe from a trained model to a measured engine folder.
 
     A run that was killed goes on where it was, and an edited recipe repeats only what changed: results are kept by
@@ -62,6 +62,7 @@ def run(
 
     Raises:
         RefusedError: the model, a target or a pass refuses; before anything is computed.
+        RecipeError: a gate bounds what will not be measured.
         PassError: a pass, the export or a measurement broke its promise.
         GateError: a gate was not met; the engine is kept under `rejected/`.
     """
@@ -70,6 +71,7 @@ def run(
     sample(original, recipe)
     targets = [target(name) for name in recipe.targets]
     context = _context(recipe, progress)
+    _check_gates(recipe)
     edits = plan(original, recipe.passes, targets)
     cost = estimate(recipe, original, edits)
     if dry_run:
@@ -114,7 +116,9 @@ def apply(
         edits = step.plan(model, targets)
         before = model
 
-        def make(folder: Path, step: Pass = step, edits: Sequence[Edit] = edits, before: LatentDiffusion = before) -> None:
+        def make(
+            folder: Path, step: Pass = step, edits: Sequence[Edit] = edits, before: LatentDiffusion = before
+        ) -> None:
             changed = before.clone()
             step.apply(changed, edits, context)
             step.check(changed, edits)
@@ -133,6 +137,14 @@ def apply(
         step.check(model, edits)
         stages[step.name] = model
     return stages
+
+
+def _check_gates(recipe: Recipe) -> None:
+    """Refuse gates that nothing of this recipe could judge, before anything is computed."""
+    evaluate = recipe.evaluate
+    if evaluate is not None:
+        measured = planned_metrics(evaluate.scorer is not None, evaluate.clip_model is not None, evaluate.samples)
+        refuse_gates(recipe.to_dict().get("gates", {}), measured)
 
 
 def _context(recipe: Recipe, progress: Progress) -> PassContext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from compress import baselines, localise, measure, memory, size, verdict
 from compress.clip_score import ClipScorer
-from compress.environment import BUILT, environment, ran
+from compress.environment import BUILT, SIMULATED, environment, ran
 from compress.export_engine import export_engine
 from compress.latency import Contestant, interleave
 from compress.measure import Judge, Quality, Stage, Workload
@@ -131,10 +132,31 @@ def examine(subject: Subject, store: Store, progress: Progress) -> tuple[Report,
             "baselines": tuple(points),
             "curves": curves,
             "localisation": _localised(subject, qualities, picked, workload, progress),
-            "evidence": {name: ran() if name in ready else BUILT for name in manifest.targets},
+            "evidence": _evidence(subject, manifest, ready),
+            "edits": _edits(subject),
         }
     )
     return report, _pictures(workload, qualities, picked), _measured(manifest, timed, ready)
+
+
+def _evidence(subject: Subject, manifest: Manifest, ready: Sequence[str]) -> dict[str, str]:
+    """How each column of the report is known."""
+    torch_stages = {**subject.stages, "compressed": subject.compressed}
+    return {
+        "original": ran(),
+        **{name: SIMULATED if model.quant_plans else ran() for name, model in torch_stages.items()},
+        "exported": ran(),
+        **{name: ran() if name in ready else BUILT for name in manifest.targets},
+    }
+
+
+def _edits(subject: Subject) -> dict[str, dict[str, int]]:
+    """Pass -> action -> how many modules it was done to."""
+    found, model = {}, subject.original
+    for step in subject.recipe.passes:
+        found[step.name] = dict(Counter(edit.action for edit in step.plan(model, subject.targets)))
+        model = subject.stages[step.name]
+    return found
 
 
 def _workload(recipe: Recipe, evaluate: Evaluate) -> Workload:
@@ -261,9 +283,11 @@ def _qualities(
 
 
 def _reference_runtime(folder: Path, target: str) -> Runtime:
-    """The graphs of a target as they were lowered, run by ONNX Runtime whatever runtime the target has."""
+    """The graphs of a target as they were lowered, run by ONNX Runtime node by node, whatever runtime it has."""
     manifest = read_manifest(folder)
-    row = replace(manifest.targets[target], backend="onnxruntime", options={})
+    row = manifest.targets[target]
+    options = {name: {"optimization": "none"} for name in row.graphs}
+    row = replace(row, backend="onnxruntime", options=options)
     return Engine(folder, replace(manifest, targets={target: row}), target, 1).runtime
 
 
@@ -375,7 +399,8 @@ def _localised(
             layers=layers.ranked(10),
             graphs=graphs,
         )
-    worst = graphs[stage][0].name if stage in graphs and graphs[stage] else None
+    blamed = graphs.get(stage or "", ())
+    worst = blamed[0].name if blamed else None
     ranked = () if layers is None else layers.ranked(10)
     return Localisation(handovers=found, stage=stage, layer=worst, layers=ranked, graphs=graphs)
 
@@ -392,9 +417,7 @@ def _notes(subject: Subject, evaluate: Evaluate, threads: int) -> list[str]:
     return notes
 
 
-def _report(
-    subject: Subject, manifest: Manifest, table: Sequence[Row], judged: Verdict, picked: str
-) -> Report:
+def _report(subject: Subject, manifest: Manifest, table: Sequence[Row], judged: Verdict, picked: str) -> Report:
     plan = subject.compressed.step_plan
     assert plan is not None
     return Report(

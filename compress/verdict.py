@@ -103,8 +103,14 @@ def rows(findings: Findings, gates: Gates) -> list[Row]:
 
     A cost (latency, size, memory) is judged on the target that `Engine.open` picks; a quality is judged on the worst
     target, since an engine folder may be opened with any.
+
+    Raises:
+        RecipeError: a gate bounds what was not measured (a prompt file without attributes, for one).
     """
     present = [m for m in METRICS if any(m in stage for stage in (findings.original, *findings.targets.values()))]
+    for metric in gates:
+        if not any(metric in stage for stage in findings.targets.values()):
+            raise RecipeError(f"gates.{metric}: nothing was measured that it could bound")
     return [_row(metric, findings, gates.get(metric, {})) for metric in present]
 
 

@@ -319,6 +319,11 @@ def test_a_metric_that_was_not_measured_has_no_row() -> None:
     assert "clip_score" not in {row.metric for row in rows(findings(), {})}
 
 
+def test_a_gate_on_what_was_not_measured_is_never_met_in_silence() -> None:
+    with pytest.raises(RecipeError, match=r"gates\.clip_score: nothing was measured"):
+        rows(findings(), {"clip_score": {"min": 20.0}})
+
+
 def test_gates_that_cannot_be_judged_are_refused_early() -> None:
     measured = ["latency_ms", "image_psnr_db"]
     refuse_gates({"image_psnr_db": {"min": 25.0}, "latency_ms": {"min_ratio": 2.0}}, measured)

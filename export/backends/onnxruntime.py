@@ -14,8 +14,12 @@ import onnxruntime
 from export.backends import Kernel, TensorSpec, check_options, feeds
 from export.errors import EngineError
 
-OPTIONS: dict[str, tuple[Any, ...]] = {"inference_precision": ("float32", "bfloat16")}
-"""`inference_precision` is taken so that one manifest serves every backend; this one always computes in float32."""
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "inference_precision": ("float32", "bfloat16"),
+    "optimization": ("all", "none"),
+}
+"""`inference_precision` is taken so that one manifest serves every backend; this one always computes in float32.
+`optimization: none` runs the graph node by node as it is written, integers as rounded floats: slow, the reference."""
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -28,7 +32,7 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 _PRECISIONS = {"float": "f32", "float16": "f16", "double": "f64", "uint8": "int8"}
-_WARNINGS = 3
+_FATAL = 4  # errors are raised too, and need not be printed
 
 # This fusion turns `MatMul of dequantized tensors, Add of a float bias` into a Gemm, which no integer kernel matches;
 # the layer would run in float, slower than if it had not been quantized (microsoft/onnxruntime issue 11961).
@@ -56,14 +60,14 @@ class _Session:
 def load(path: Path, threads: int | None, options: Mapping[str, Any]) -> _Session:
     """Read a graph and its weights, see `export.backends.Backend`."""
     check_options("onnxruntime", options, OPTIONS)
-    return _Session(_session(path, _settings(threads)))
+    return _Session(_session(path, _settings(threads, options)))
 
 
 def executed_kernels(path: Path, inputs: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> dict[str, Kernel]:
     """Node name -> kernel, from the profile of one run; the precision is that of the first tensor a kernel reads."""
     check_options("onnxruntime", options, OPTIONS)
     with tempfile.TemporaryDirectory() as folder:
-        settings = _settings(1)
+        settings = _settings(1, options)
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "profile")
         session = _session(path, settings)
@@ -80,13 +84,15 @@ def executed_kernels(path: Path, inputs: Mapping[str, np.ndarray], options: Mapp
     return kernels
 
 
-def _settings(threads: int | None) -> Any:
+def _settings(threads: int | None, options: Mapping[str, Any]) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads or 0
     settings.inter_op_num_threads = 1
     settings.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    settings.log_severity_level = _WARNINGS
+    level = onnxruntime.GraphOptimizationLevel
+    plain = options.get("optimization") == "none"
+    settings.graph_optimization_level = level.ORT_DISABLE_ALL if plain else level.ORT_ENABLE_ALL
+    settings.log_severity_level = _FATAL
     # An engine is several sessions that run in turn: one that waits must not keep the cores of the next one busy.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     return settings
