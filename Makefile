@@ -3,9 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build is asked for by name first, so that no CUDA libraries are pulled; set TORCH to install another build.
-TORCH_VERSION := 2.13.0
-TORCH ?=
+# What pip is asked for first, so that no other requirement chooses a build of PyTorch; `make demo TORCH=...` takes another.
+TORCH ?= torch==2.13.0
 
 .PHONY: help demo test check reference bench clean
 
@@ -18,10 +17,7 @@ help:
 
 $(VENV)/torch: Makefile
 	$(PYTHON) -m venv $(VENV)
-	@if [ -n "$(TORCH)" ]; then $(BIN)/python -m pip install --quiet $(TORCH); \
-	else $(BIN)/python -m pip install --quiet "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
-	  || $(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH_VERSION)" 2>/dev/null \
-	  || $(BIN)/python -m pip install --quiet "torch==$(TORCH_VERSION)"; fi
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	@touch $@
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml constraints.txt
@@ -41,7 +37,7 @@ demo: $(VENV)/demo
 test check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy compress export kernels
+	$(BIN)/mypy compress export
 	$(BIN)/python -m pytest
 
 reference: $(VENV)/demo
