@@ -224,8 +224,10 @@ def _sizes(sizes: Sequence[Size]) -> list[dict[str, Any]]:
 
 
 def _tradeoffs(report: Report) -> list[dict[str, str]]:
-    """Draw quality over latency, once per quality metric that at least two contestants have."""
+    """Draw quality over latency on the fewest threads, once per quality metric that at least two contestants have."""
     result: list[dict[str, str]] = []
+    threads = min((baseline.threads for baseline in report.baselines), default=1)
+    contestants = [baseline for baseline in report.baselines if baseline.threads == threads]
     for metric in ("attribute_accuracy", "image_psnr_db", "latent_psnr_db"):
         points = [
             plots.Point(
@@ -236,15 +238,14 @@ def _tradeoffs(report: Report) -> list[dict[str, str]]:
                 hollow=baseline.role == "fewer steps",
                 interval=baseline.interval.get(metric),
             )
-            for baseline in report.baselines
+            for baseline in contestants
             if metric in baseline.quality
         ]
         if len(points) >= 2 and len(result) < 2:
-            threads = report.baselines[0].threads
             label = LABELS[metric]
             unit = "" if metric == "attribute_accuracy" else " (dB)"
             x_label = f"ms a picture, {threads} thread{'s' if threads > 1 else ''}"
-            times = [baseline.latency_ms for baseline in report.baselines]
+            times = [baseline.latency_ms for baseline in contestants]
             percent = metric == "attribute_accuracy"
             svg = plots.scatter(points, x_label, label + unit, times, percent, f"{label} over latency")
             result.append({"title": f"{_upper_first(label)} against time", "svg": svg})

@@ -393,6 +393,15 @@ def test_page_says_what_the_report_says() -> None:
     assert "8 × full" in words
 
 
+def test_tradeoffs_are_drawn_for_one_thread_count() -> None:
+    report = sample_report()
+    twice = [point.model_copy(update={"threads": 2, "latency_ms": 7.0}) for point in report.baselines]
+    drawn = re.findall(r'<circle class="mark.*?<title>([^<]+)<', render(report))
+    both = report.model_copy(update={"baselines": (*twice, *report.baselines)})
+    assert len(drawn) == 10
+    assert re.findall(r'<circle class="mark.*?<title>([^<]+)<', render(both)) == drawn
+
+
 def test_page_escapes_what_users_write() -> None:
     pictures = sample_pictures(1)
     evil = Pictures(["<script>alert(1)</script>"], pictures.seeds, pictures.stages)
