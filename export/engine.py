@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,15 +40,16 @@ class Engine:
         self.target = target
         self.threads = threads
         row = manifest.targets[target]
-        with _one_sentence():
+        with _one_sentence(), _sensible_manifest():
             self.plan = StepPlan.from_json((folder / STEP_PLAN).read_text(encoding="utf-8"))
             graphs = {name: _Graph(folder / path, row, name, threads) for name, path in row.graphs.items()}
+            self._graphs = graphs
             timestep = self._load_segments(graphs)
             self.runtime = Runtime(
                 self.plan,
                 graphs,
                 manifest.conditioning,
-                LatentSpec(**manifest.latent),
+                _latent_spec(manifest),
                 {name: Tokenizer.open(folder / path) for name, path in manifest.tokenizers.items()},
                 timestep_rank=len(timestep.shape),
                 timestep_dtype=timestep.dtype,
@@ -158,18 +160,20 @@ class Engine:
             return self.runtime.features(latents, t, conditioning, names)
 
     def verify(self, golden: bool = True) -> dict[str, float]:
-        """Hash every file again, and recompute the golden latents on this target.
+        """Hash every file again, load every graph, and recompute the golden latents on this target.
 
         Args:
-            golden: False checks the files only.
+            golden: False leaves the latents out.
 
         Returns:
             `files` (how many were checked) and, where there are golden latents, `relative_error` and `tolerance`.
 
         Raises:
-            EngineError: a file has changed, or the latents differ by more than the tolerance.
+            EngineError: a file has changed, a graph cannot be loaded, or the latents differ by more than the tolerance.
         """
         verify_files(self.folder, self.manifest)
+        for graph in self._graphs.values():
+            graph.loaded()
         found: dict[str, float] = {"files": len(self.manifest.files)}
         kept = self.manifest.golden
         if not golden or kept is None or self.target not in kept.files:
@@ -247,6 +251,18 @@ def relative_error(values: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values.astype(np.float64) - expected)))) / max(scale, 1e-30)
 
 
+def _latent_spec(manifest: Manifest) -> LatentSpec:
+    try:
+        spec = LatentSpec(**manifest.latent)
+        sizes, factors = (spec.channels, spec.downscale, spec.multiple), (spec.scaling_factor, spec.shift_factor)
+        sound = all(type(size) is int and 0 < size < 2**16 for size in sizes) and all(map(math.isfinite, factors))
+    except TypeError as error:
+        raise EngineError(f"manifest.json: latent cannot be read: {error}") from error
+    if not sound or spec.scaling_factor == 0.0:
+        raise EngineError(f"manifest.json: latent holds a number that makes no sense: {dict(manifest.latent)}")
+    return spec
+
+
 def _choose(manifest: Manifest, target: str | None) -> str:
     names = list(manifest.targets)
     if target is not None:
@@ -258,6 +274,15 @@ def _choose(manifest: Manifest, target: str | None) -> str:
         needed = " or ".join(sorted({row.backend for row in manifest.targets.values()}))
         raise EngineError(f"no runtime of this engine is installed: install {needed}")
     return min(here, key=lambda name: manifest.targets[name].measured.get("latency_ms", float("inf")))
+
+
+@contextlib.contextmanager
+def _sensible_manifest() -> Iterator[None]:
+    """Turn what a manifest of valid JSON and no sense leads to into `EngineError`."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError) as error:
+        raise EngineError(f"the manifest of the engine makes no sense: {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from compress.cli import main
+from export.errors import EngineError
 
 ROOT = Path(__file__).parent.parent
 
@@ -372,6 +374,201 @@ def test_a_malformed_model_stops_a_recipe_too(
     shutil.copytree(tiny_folder("unet"), tmp_path / "model")
     cut_off(UNET, 0.5)(tmp_path / "model")
     assert "is truncated" in refused(3, "recipe.yaml")
+
+
+def reseal(engine: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
+    """Change an engine as somebody would who knows how its hashes are made."""
+    from export.manifest import Manifest
+
+    run = {path for path, entry in json.loads((engine / "manifest.json").read_text())["files"].items() if entry["run"]}
+    manifest = Manifest.from_json((engine / "manifest.json").read_text()).sealed(engine, run)
+    raw = json.loads(manifest.to_json())
+    change(raw)
+    try:
+        raw["engine_hash"] = Manifest.from_json(json.dumps(raw)).digest()
+    except EngineError:
+        pass  # the reader will say so too
+    (engine / "manifest.json").write_text(json.dumps(raw))
+
+
+def resealed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    return lambda engine: reseal(engine, change)
+
+
+def resealed_file(file: str, content: bytes) -> Callable[[Path], object]:
+    def mutate(engine: Path) -> None:
+        (engine / file).write_bytes(content)
+        reseal(engine)
+
+    return mutate
+
+
+def flip(file: str) -> Callable[[Path], object]:
+    def mutate(engine: Path) -> None:
+        raw = bytearray((engine / file).read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (engine / file).write_bytes(bytes(raw))
+
+    return mutate
+
+
+def edit_plan(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    def mutate(engine: Path) -> None:
+        plan = json.loads((engine / "step_plan.json").read_text())
+        change(plan)
+        (engine / "step_plan.json").write_text(json.dumps(plan))
+        reseal(engine)
+
+    return mutate
+
+
+def link(file: str) -> Callable[[Path], object]:
+    def mutate(engine: Path) -> None:
+        outside = engine.parent / "outside"
+        shutil.move(engine / file, outside)
+        (engine / file).symlink_to(outside)
+
+    return mutate
+
+
+def edit_golden(value: float) -> Callable[[Path], object]:
+    def mutate(engine: Path) -> None:
+        path = engine / "golden" / "onnxruntime-cpu.npy"
+        latents = np.load(path)
+        np.save(path, np.full_like(latents, value))
+        reseal(engine)
+
+    return mutate
+
+
+def pickled_golden(engine: Path) -> None:
+    np.save(engine / "golden" / "onnxruntime-cpu.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    reseal(engine)
+
+
+def foreign_weights(engine: Path) -> None:
+    """Point a graph's weights at a file outside the engine."""
+    import onnx
+
+    (engine.parent / "secret").write_bytes(b"x" * 4096)
+    graph = onnx.load(engine / "vae_decoder" / "model.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../../secret"
+    onnx.save(graph, engine / "vae_decoder" / "model.onnx")
+    reseal(engine)
+
+
+GRAPH, POOL = "unet/entry.onnx", "unet/weights.bin"
+
+
+def row(manifest: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = manifest["targets"]["onnxruntime-cpu"]
+    return found
+
+
+ENGINES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (remove("manifest.json"), "has no manifest.json"),
+    "an empty manifest": (write("manifest.json", b""), "manifest.json"),
+    "a manifest that is a list": (write("manifest.json", b"[]"), "manifest.json"),
+    "a manifest that is no text": (write("manifest.json", b"\xff\xfe\0"), "manifest.json"),
+    "a manifest nested deeply": (write("manifest.json", b"[" * 100_000), "manifest.json"),
+    "a later schema version": (edit_json("manifest.json", schema_version=99), "schema version 99"),
+    "no schema version": (edit_json("manifest.json", schema_version="DELETE"), "manifest.json"),
+    "an unknown key": (edit_json("manifest.json", extra=1), "manifest.json"),
+    "a missing key": (edit_json("manifest.json", latent="DELETE"), "manifest.json"),
+    "targets that are a list": (edit_json("manifest.json", targets=[]), "manifest.json"),
+    "no targets": (edit_json("manifest.json", targets={}), "names no target"),
+    "files that are text": (edit_json("manifest.json", files="all"), "manifest.json"),
+    "another family": (edit_json("manifest.json", family="other"), "was changed after"),
+    "another hash": (edit_json("manifest.json", engine_hash="0" * 64), "was changed after"),
+    "a path that climbs out": (resealed(lambda m: row(m)["graphs"].update(entry="../entry.onnx")), "leads out"),
+    "an absolute path": (resealed(lambda m: row(m)["graphs"].update(entry="/etc/hostname")), "leads out"),
+    "a path with a backslash": (resealed(lambda m: row(m)["graphs"].update(entry="..\\x.onnx")), "leads out"),
+    "a tokenizer elsewhere": (resealed(lambda m: m["tokenizers"].update(tokenizer="../..")), "leads out"),
+    "a graph that is not listed": (resealed(lambda m: row(m)["graphs"].update(entry="unet/x.onnx")), "does not list"),
+    "a graph for no segment": (resealed(lambda m: row(m)["graphs"].pop("entry")), "no graph for the segment"),
+    "an unknown backend": (resealed(lambda m: row(m).update(backend="evil")), "the backend 'evil' is unknown"),
+    "an unknown option": (resealed(lambda m: row(m)["options"].update(entry={"provider": "x"})), "option"),
+    "a height of zero": (resealed(lambda m: m["shapes"].update(height=[0, 0, 0])), "shapes.height"),
+    "a latent of another size": (resealed(lambda m: m["latent"].update(channels=7)), "(2, 7, 8, 8)"),
+    "a latent with an unknown key": (resealed(lambda m: m["latent"].update(extra=7)), "latent cannot be read"),
+    "a latent that is text": (resealed(lambda m: m["latent"].update(channels="4")), "makes no sense"),
+    "a latent scaled by nothing": (resealed(lambda m: m["latent"].update(scaling_factor=0.0)), "makes no sense"),
+    "a latent that is huge": (resealed(lambda m: m["latent"].update(downscale=10**12)), "makes no sense"),
+    "a conditioning of no kind": (resealed(lambda m: m["conditioning"].update(kind="magic")), "magic"),
+    "a flipped bit in a graph": (flip(GRAPH), "is damaged: unet/entry.onnx"),
+    "a flipped bit in the weights": (flip(POOL), "is damaged: unet/weights.bin"),
+    "a flipped bit in the plan": (flip("step_plan.json"), "is damaged: step_plan.json"),
+    "a flipped bit in a tokenizer": (flip("tokenizer/tokenizer.json"), "is damaged: tokenizer/tokenizer.json"),
+    "truncated weights": (cut_off(POOL, 0.5), "is damaged: unet/weights.bin"),
+    "missing weights": (remove(POOL), "unet/weights.bin is missing"),
+    "a missing folder": (remove("tokenizer"), "is missing"),
+    "weights behind a link": (link(POOL), "is a link"),
+    "a folder behind a link": (link("unet"), "is a link"),
+    "a graph that is text": (resealed_file(GRAPH, b"not a graph"), "entry.onnx"),
+    "an empty graph": (resealed_file(GRAPH, b""), "entry.onnx"),
+    "another graph in its place": (
+        lambda engine: (shutil.copy(engine / "unet/exit.onnx", engine / GRAPH), reseal(engine)),
+        "entry",
+    ),
+    "empty weights": (resealed_file(POOL, b""), "cannot load"),
+    "weights outside the engine": (foreign_weights, "External data path"),
+    "a plan that is text": (resealed_file("step_plan.json", b"{"), "step plan"),
+    "a plan of a later version": (edit_plan(lambda plan: plan.update(schema_version=9)), "schema version 9"),
+    "a plan without steps": (edit_plan(lambda plan: plan.update(steps=[])), "no steps"),
+    "a plan with NaN": (edit_plan(lambda plan: plan["steps"][0].update(t=float("nan"))), "step 0"),
+    "a plan that reads what is not there": (edit_plan(lambda plan: plan["steps"].pop(0)), "step 0"),
+    "a plan with an unknown path": (edit_plan(lambda plan: plan["steps"][1].update(path="magic")), "magic"),
+    "a plan with an unknown key": (edit_plan(lambda plan: plan.update(extra=1)), "step plan"),
+    "a tokenizer that is empty": (resealed_file("tokenizer/tokenizer.json", b"{}"), "tokenizer"),
+    "golden latents that differ": (edit_golden(1.0), "differ from the golden ones"),
+    "golden latents of NaN": (edit_golden(float("nan")), "golden"),
+    "golden latents in a pickle": (pickled_golden, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", ENGINES)
+def test_a_malformed_engine(what: str, tmp_path: Path, tiny_engine: Path, refused: Refused) -> None:
+    mutate, expected = ENGINES[what]
+    shutil.copytree(tiny_engine, tmp_path / "engine")
+    mutate(tmp_path / "engine")
+    assert expected in refused(3, "verify", "engine", "--target", "onnxruntime-cpu")
+
+
+def test_the_engine_that_is_mutated_is_sound(tiny_engine: Path, tmp_path: Path) -> None:
+    assert main(["verify", str(tiny_engine)]) == 0
+    shutil.copytree(tiny_engine, tmp_path / "engine")
+    reseal(tmp_path / "engine")
+    assert main(["verify", str(tmp_path / "engine")]) == 0
+
+
+RUNS: dict[str, tuple[int, list[str], str]] = {
+    "no prompt": (2, [], "needs --prompt"),
+    "no engine": (3, ["--prompt", "x", "-o", "x.png"], "there is no engine"),
+    "another ending": (2, ["--prompt", "x", "-o", "x.jpg"], "written as .png"),
+    "one file for two pictures": (2, ["--prompt", "x", "--count", "2", "-o", "x.png"], "name a folder"),
+    "a negative seed": (2, ["--prompt", "x", "-o", "x.png", "--seed", "-1"], "--seed must be"),
+    "a seed that is text": (2, ["--prompt", "x", "-o", "x.png", "--seed", "x"], "--seed: invalid int value"),
+    "no threads": (2, ["--prompt", "x", "-o", "x.png", "--threads", "0"], "--threads must be"),
+    "a mask without a picture": (2, ["--prompt", "x", "-o", "x.png", "--mask", "m.png"], "--mask needs --init-image"),
+    "too much strength": (2, ["--prompt", "x", "-o", "x.png", "--strength", "1.5"], "--strength must be"),
+    "an unknown target": (3, ["--prompt", "x", "-o", "x.png", "--target", "tpu"], "was not built for 'tpu'"),
+    "a height between latent pixels": (3, ["--prompt", "x", "-o", "x.png", "--height", "17"], "17"),
+    "a picture that is not there": (3, ["--prompt", "x", "-o", "x.png", "--init-image", "no.png"], "no such file"),
+    "a picture that is text": (3, ["--prompt", "x", "-o", "x.png", "--init-image", "text.png"], "is not a picture"),
+    "a folder that is a file": (3, ["--prompt", "x", "-o", "text.png/x.png"], "no folder that may be written to"),
+}
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_a_run_that_cannot_be(what: str, tmp_path: Path, tiny_engine: Path, refused: Refused) -> None:
+    code, words, expected = RUNS[what]
+    (tmp_path / "text.png").write_text("not a picture")
+    engine = "nowhere" if what == "no engine" else str(tiny_engine)
+    out = [] if "-o" in words else ["-o", "x.png"]
+    assert expected in refused(code, "run", engine, *words, *out)
 
 
 def test_the_program_itself_says_one_sentence(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,12 @@ def execute(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]
     from export.engine import Engine
 
     prompts, seeds = _requests(arguments)
+    options = _options(arguments, len(seeds))
     paths = _paths(arguments.out, len(seeds))
     began = time.perf_counter()
     engine = Engine.open(arguments.engine, target=arguments.target, threads=arguments.threads)
     opened = time.perf_counter()
-    pictures = engine.generate(prompts=prompts, seeds=seeds, **_options(arguments, len(seeds)))
+    pictures = engine.generate(prompts=prompts, seeds=seeds, **options)
     done = time.perf_counter()
     for path, picture in zip(paths, pictures, strict=True):
         _write(Image.fromarray(picture), path)
@@ -91,17 +93,18 @@ def _requests(arguments: argparse.Namespace) -> tuple[list[str], list[int]]:
 
 
 def _paths(out: Path, count: int) -> list[Path]:
-    """Return where each picture goes; the folder is made, and refused where it cannot be."""
+    """Return where each picture goes; refused now, not after the work, where nothing can be written."""
     single = out.suffix.lower() == ".png"
-    try:
-        (out.parent if single else out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RefusedError(f"{out} cannot be written: {error.strerror}") from error
+    folder = out.parent if single else out
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RefusedError(f"{out} cannot be written: {there} is no folder that may be written to")
     return [out] if single else [out / f"{index:04d}.png" for index in range(count)]
 
 
 def _write(image: Image.Image, path: Path) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, format="PNG")
     except OSError as error:
         raise RefusedError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -24,23 +24,24 @@ def execute(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]
     from export.manifest import read_manifest
 
     manifest = read_manifest(arguments.engine)
-    terminal.say(f"{arguments.engine}: {len(manifest.files)} files are as they were written")
+    lines = [f"{arguments.engine}: {len(manifest.files)} files are as they were written"]
     names = [arguments.target] if arguments.target is not None else list(manifest.targets)
     found: dict[str, Any] = {}
     for name in names:
         if arguments.target is None and not available(manifest.targets[name].backend):
             found[name] = {"here": False}
-            terminal.say(f"{name}: its runtime is not installed here")
+            lines.append(f"{name}: its runtime is not installed here")
             continue
         checked = Engine.open(arguments.engine, target=name, threads=arguments.threads).verify()
         found[name] = {"here": True, **checked}
         if "relative_error" in checked:
-            terminal.say(
+            lines.append(
                 f"{name}: golden latents agree, relative error {checked['relative_error']:.1e} "
                 f"(allowed {checked['tolerance']:.1e})"
             )
         else:
-            terminal.say(f"{name}: opens; no golden latents were recorded for it")
+            lines.append(f"{name}: opens; no golden latents were recorded for it")
     if not any(row["here"] for row in found.values()):
         raise EngineError(f"{arguments.engine}: none of its runtimes is installed here, so nothing could be computed")
+    terminal.say("\n".join(lines))
     return {"engine_hash": manifest.engine_hash, "files": len(manifest.files), "targets": found}
