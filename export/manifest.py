@@ -168,10 +168,15 @@ class Manifest:
         temporary.replace(folder / FILE)
 
     def _check(self) -> None:
-        texts: Iterable[tuple[str, Any]] = [("family", self.family), ("engine_hash", self.engine_hash)]
+        rows = self.targets.items()
+        texts: Iterable[tuple[str, Any]] = [
+            ("family", self.family),
+            ("engine_hash", self.engine_hash),
+            *((f"targets.{name}.{key}", getattr(row, key)) for name, row in rows for key in _TEXTS),
+        ]
         mappings: Iterable[tuple[str, Any]] = [
             *((key, getattr(self, key)) for key in ("latent", "conditioning", "tokenizers", "provenance")),
-            *((f"targets.{name}.{key}", getattr(row, key)) for name, row in self.targets.items() for key in _MAPS),
+            *((f"targets.{name}.{key}", getattr(row, key)) for name, row in rows for key in _MAPS),
         ]
         for key, value in texts:
             if not isinstance(value, str):
@@ -179,6 +184,9 @@ class Manifest:
         for key, value in mappings:
             if not isinstance(value, dict):
                 raise EngineError(f"{FILE}: {key} is not a mapping")
+        for name, row in rows:
+            if not all(type(value) in (int, float) for value in row.measured.values()):
+                raise EngineError(f"{FILE}: targets.{name}.measured holds what is no number")
         for key in ("batch", "height", "width", "prompt_tokens"):
             if key not in self.shapes:
                 raise EngineError(f"{FILE}: shapes lacks {key!r}")
@@ -195,6 +203,7 @@ class Manifest:
                 raise EngineError(f"{FILE}: the entry of {path} is malformed")
 
 
+_TEXTS = ("backend", "dialect", "evidence")
 _MAPS = ("graphs", "options", "measured", "formats")
 
 

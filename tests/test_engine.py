@@ -233,6 +233,14 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda raw: raw["targets"]["openvino-cpu"]["options"].update(deep={"inference_precision": "bfloat16"}),
         "changed after the engine was built",
     ),
+    "a backend that is a list": (
+        lambda raw: raw["targets"]["openvino-cpu"].update(backend=[]),
+        "targets.openvino-cpu.backend is not text",
+    ),
+    "a latency that is text": (
+        lambda raw: raw["targets"]["openvino-cpu"].update(measured={"latency_ms": "fast"}),
+        "holds what is no number",
+    ),
     "golden without seeds": (lambda raw: raw["golden"].update(seeds=[]), "golden is malformed"),
 }
 
@@ -264,6 +272,13 @@ def test_sealed_nonsense_is_refused_all_the_same(tiny_engine: Path, tmp_path: Pa
     folder = altered(tiny_engine, tmp_path, foreign)
     with pytest.raises(EngineError, match="the backend 'os' is unknown"):
         Engine.open(folder, "onnxruntime-cpu")
+
+    def unknown(raw: dict[str, Any]) -> None:
+        raw["latent"]["colour"] = "red"
+
+    shutil.rmtree(folder)
+    with pytest.raises(EngineError, match=r"makes no sense: .*colour"):
+        Engine.open(altered(tiny_engine, tmp_path, unknown))
 
     def swapped(raw: dict[str, Any]) -> None:
         graphs = raw["targets"]["onnxruntime-cpu"]["graphs"]
