@@ -34,7 +34,7 @@ class Slot:
     """A tensor kept from one network call to later ones.
 
     `feature` keeps the tensor itself; `residual` keeps `tensor - base`, and reading gives `base + forecast`;
-    `output` is a feature slot on the network output.
+    `output` is a feature slot on the network output; a row that reads it runs no segment at all.
     """
 
     tensor: str
@@ -206,7 +206,8 @@ class StepPlan:
                     f"{where} reads {len(alphas)} values of slot {name!r}, which holds "
                     f"{min(written[name], self.slots[name].history)}"
                 )
-        if known is not None:
+        skipped = any(self.slots[name].kind == "output" for name in step.read)
+        if known is not None and not skipped:
             readable = {self.slots[name].tensor for name in step.read}
             for segment in self.paths[step.path]:
                 for tensor in self.segments[segment].inputs:
@@ -214,7 +215,7 @@ class StepPlan:
                         raise StepPlanError(f"{where}: nothing produces the input {tensor!r} of segment {segment!r}")
                 known.update(self.segments[segment].outputs)
         produced = {tensor for segment in self.paths[step.path] for tensor in self.segments[segment].outputs}
-        if step.write and any(self.slots[name].kind == "output" for name in step.read):
+        if step.write and skipped:
             raise StepPlanError(f"{where} takes its network output from a slot, so it computes nothing to write")
         for name in step.write:
             if name not in self.slots:
