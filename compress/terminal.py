@@ -42,10 +42,10 @@ class Terminal:
             self.console().print(text)
 
     def console(self) -> Console:
-        """Return a rich console on stdout; tables keep their columns where stdout is a file."""
+        """Return a rich console on stdout; tables are cut to the width of a terminal only."""
         from rich.console import Console
 
-        return Console(file=self.stdout, soft_wrap=False, width=None if self.stdout.isatty() else 160, highlight=False)
+        return Console(file=self.stdout, width=None if self.stdout.isatty() else 1000, highlight=False)
 
     def note(self, sentence: str) -> None:
         """Print one sentence on stderr, above the progress bars."""

@@ -129,6 +129,7 @@ def test_every_error_has_its_exit_code(error: Exception, code: int | None) -> No
 def broken_store(folder: Path) -> list[str]:
     """Make a store whose locks cannot be taken; returns the words that open it."""
     (folder / "store" / "ab" / ("ab" * 32)).mkdir(parents=True)
+    (folder / "store" / "ab" / ("ab" * 32) / "file").write_text("content")
     (folder / "store" / "locks").write_text("a file where a folder should be")
     return ["store", "--cache", str(folder)]
 
