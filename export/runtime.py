@@ -288,13 +288,13 @@ class Runtime:
         return self._programs[start]
 
     def _conditioned(self, prompts: Prompts | Conditioning) -> tuple[dict[str, np.ndarray], int]:
-        tensors = dict(prompts) if isinstance(prompts, Mapping) else self.encode(prompts)
+        tensors = _plain(prompts) if isinstance(prompts, Mapping) else self.encode(prompts)
         missing = sorted(self._given - set(tensors))
         if missing:
             raise RuntimeInputError(f"the conditioning lacks {missing[0]!r}, which the denoiser takes")
-        sizes = {len(value) for value in tensors.values()}
-        if len(sizes) != 1:
-            raise RuntimeInputError("the conditioning tensors have different numbers of samples")
+        sizes = {len(value) if value.ndim else 0 for value in tensors.values()}
+        if len(sizes) != 1 or sizes == {0}:
+            raise RuntimeInputError("the conditioning tensors must all have the same number of samples, at least one")
         return {name: tensors[name] for name in self._given}, sizes.pop()
 
     def _guided(
@@ -324,7 +324,7 @@ class Runtime:
         if height is None or width is None:
             raise RuntimeInputError("give height and width in pixels")
         for name, value in (("height", height), ("width", width)):
-            if value < step or value % step:
+            if not isinstance(value, int | np.integer) or value < step or value % step:
                 raise RuntimeInputError(f"{name} must be a positive multiple of {step} pixels, not {value}")
         return samples, self.latent.channels, height // self.latent.downscale, width // self.latent.downscale
 
@@ -343,7 +343,8 @@ class Runtime:
         if seeds is None and (initial is None or len(draws) > 1):
             raise RuntimeInputError("give one seed per sample")
         if seeds is not None and (
-            len(seeds) != shape[0] or any(int(seed) != seed or not 0 <= seed < 2**64 for seed in seeds)
+            len(seeds) != shape[0]
+            or not all(isinstance(seed, int | np.integer) and 0 <= seed < 2**64 for seed in seeds)
         ):
             raise RuntimeInputError(f"give one seed per sample, a whole number of at least 0: {shape[0]} of them")
 
@@ -363,6 +364,12 @@ class Runtime:
         if not broadcasts:
             raise RuntimeInputError(f"{name} must have the shape {shape}, not {array.shape}")
         return array
+
+
+def _plain(tensors: Conditioning) -> dict[str, np.ndarray]:
+    """The arrays given, real numbers as float32."""
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    return {name: value.astype(np.float32) if value.dtype.kind == "f" else value for name, value in arrays.items()}
 
 
 def _shifted(on_step: OnStep | None, start: int) -> OnStep | None:
