@@ -65,7 +65,7 @@ def _check_tokenizer(name: str, config: Network, tokenizer_name: str, tokenizer:
         )
     if tokenizer.model_max_length < _SHORTEST:
         raise RefusedError(f"model_max_length of {tokenizer_name} is {tokenizer.model_max_length}: no prompt fits")
-    if config.model_type == "t5":
+    if not hasattr(config, "max_position_embeddings"):  # T5: relative positions, no end to them
         return
     if tokenizer.model_max_length > config.max_position_embeddings:
         raise RefusedError(

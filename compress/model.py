@@ -18,7 +18,7 @@ from compress.errors import RefusedError
 from compress.families import DenoiserSegment, Family, Network
 from compress.fitting import check_fit
 from compress.loader import Components, load_components, quiet
-from compress.parts import TEXT_ENCODERS, Part, VaeDecoder, VaeEncoder
+from compress.parts import TEXT_ENCODERS, Part, T5Encoder, VaeDecoder, VaeEncoder
 from export.quant_plan import QuantPlan
 from export.step_plan import StepPlan
 
@@ -232,7 +232,7 @@ def _conditioning(components: Components) -> dict[str, Any]:
     for name, encoder in components.text_encoders.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
         entry = {"part": name, "tokenizer": tokenizer, "max_length": components.tokenizers[tokenizer].model_max_length}
-        if encoder.config.model_type == "t5":
+        if TEXT_ENCODERS[type(encoder).__name__] is T5Encoder:
             entry["max_length"] = min(entry["max_length"], long)
         elif components.family.name == "sd3":
             entry |= {"hidden": f"hidden_states.{encoder.config.num_hidden_layers - 1}", "pooled": "text_embeds"}

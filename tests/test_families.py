@@ -182,6 +182,21 @@ def test_small_shallow_paths_become_a_pair(name: str) -> None:
     assert [segment.name for segment in family.segments(denoiser, 3)[0]] == ["entry", "deep", "exit"]
 
 
+def test_segments_take_only_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither attention nor the time embedding reads the prompt, the segment has no such input."""
+    denoiser = tiny.unet(addition_embed_type=None)
+    family = FAMILIES[type(denoiser).__name__]
+    three = {segment.name: segment.inputs for segment in family.segments(denoiser, 0)[0]}
+    assert three == {
+        "entry": ("sample", "timestep"),
+        "deep": ("skip_0", "emb", "encoder_hidden_states"),
+        "exit": ("deep", "emb", "skip_0"),
+    }
+    monkeypatch.setattr(base, "PAIR_SHARE", TWO)
+    pair = {segment.name: segment.inputs for segment in family.segments(denoiser, 0)[0]}
+    assert pair == {"full": ("sample", "timestep", "encoder_hidden_states"), "shallow": ("sample", "timestep", "deep")}
+
+
 @pytest.mark.parametrize("cut", [-1, 4, 99])
 def test_unknown_cut_is_refused(cut: int) -> None:
     family, denoiser = make("unet")

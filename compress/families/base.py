@@ -92,7 +92,8 @@ class Piece:
         forward.__signature__ = signature  # type: ignore[attr-defined]
         members = {"forward": forward, "inputs": self.inputs, "outputs": self.outputs}
         module: SegmentModule = type("SegmentModule", (SegmentModule,), members)(denoiser)
-        return DenoiserSegment(self.name, module.train(denoiser.training), self.inputs, self.outputs)
+        module.training = denoiser.training
+        return DenoiserSegment(self.name, module, self.inputs, self.outputs)
 
 
 class Family(ABC):
@@ -219,8 +220,8 @@ class Family(ABC):
             base, tensor, crossing = slot.base, slot.tensor, "residual"
             write.append(Piece("difference", (tensor, base), (crossing,), lambda _, value, base: (value - base,)))
             read.insert(0, Piece("sum", (base, crossing), (tensor,), lambda _, base, residual: (base + residual,)))
-        full = _chain("full", [entry, *write, exit_], self.conditioning, (crossing, self.output))
-        shallow = _chain("shallow", [entry, *read], (*self.conditioning, crossing), (self.output,))
+        full = _chain("full", [entry, *write, exit_], (crossing, self.output))
+        shallow = _chain("shallow", [entry, *read], (self.output,))
         return full, shallow, Slot(crossing)
 
     def _check_cut(self, denoiser: Network, cut: int) -> None:
@@ -236,8 +237,10 @@ class Family(ABC):
         return sum(sizes[path] for path in shallow) / sum(sizes.values())
 
 
-def _chain(name: str, pieces: Sequence[Piece], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Piece:
-    """Pieces run one after the other as one piece; tensors are matched by name."""
+def _chain(name: str, pieces: Sequence[Piece], outputs: tuple[str, ...]) -> Piece:
+    """Pieces run one after the other as one piece; tensors are matched by name, what none gives is an input."""
+    made = {tensor for piece in pieces for tensor in piece.outputs}
+    inputs = tuple(dict.fromkeys(tensor for piece in pieces for tensor in piece.inputs if tensor not in made))
 
     def run(denoiser: Network, *tensors: Tensor) -> tuple[Tensor, ...]:
         known = dict(zip(inputs, tensors, strict=True))
