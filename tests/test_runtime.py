@@ -580,6 +580,22 @@ def test_functions_that_hand_back_their_input() -> None:
     assert difference(got, x[-1]) <= 1e-6
 
 
+def test_slots_keep_their_own_copy() -> None:
+    """A segment may hand its input on; what the slot keeps must not change with the next latent."""
+    segments = {"entry": Segment(("sample",), ("skip",)), "exit": Segment(("skip",), ("out",))}
+    rows = [Step(t=1.0, x={0: 0.5}, m={0: 0.25}, path="full", write=("skip",))]
+    rows += [Step(t=1.0, x={0: 0.5}, m={0: 0.25}, path="shallow", read={"skip": (1.0,)}) for _ in range(2)]
+    paths = {"full": ("entry", "exit"), "shallow": ("exit",)}
+    plan = StepPlan(segments, paths, {"skip": Slot("skip")}, tuple(rows))
+    passing = {
+        "entry": lambda tensors: {"skip": tensors["sample"]},
+        "exit": lambda tensors: {"out": tensors["skip"]},
+    }
+    got = Runtime(plan, passing, {}, LatentSpec(4, downscale=1)).sample({"label": latents(1, 1)}, (1,), 8, 8)
+    first = noise((1,), 0, (4, 8, 8))
+    assert difference(got, first * (0.5**3 + 0.25 * (0.5**2 + 0.5 + 1))) <= 1e-6
+
+
 def test_noise_may_be_given() -> None:
     plan = random_plan(5)
     assert any(step.noise for step in plan.steps)
