@@ -6,9 +6,11 @@ import ast
 import functools
 import json
 import re
+import shlex
 import subprocess
+import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -205,6 +207,56 @@ def test_no_dependency_replaces_torch() -> None:
     assert project["name"] not in ("compress", "export", "kernels")
     assert {"gpu", "tensorrt", "openvino", "server"} <= set(project["optional-dependencies"])
     assert "torch>=2.13" in project["dependencies"]
+
+
+BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def snippets(language: str) -> list[str]:
+    """Extract from the README the lines (bash) or blocks (python) that are not marked as too long to run."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [block for marked, kind, block in BLOCK.findall(text) if kind == language and not marked]
+    return [line for block in blocks for line in block.splitlines() if line] if language == "bash" else blocks
+
+
+def test_most_of_the_readme_is_run() -> None:
+    assert len(snippets("bash")) >= 8
+    assert len(snippets("python")) >= 1
+    assert (ROOT / "README.md").read_text().count("<!-- not run: ") <= 4
+
+
+@pytest.mark.parametrize("line", snippets("bash"))
+def test_every_command_of_the_readme_runs(
+    line: str,
+    request: pytest.FixtureRequest,
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line, comments=True)
+    assert words[0] == "compress"
+    if words[1] == "bench":
+        words += ["--model", str(tiny_folder("unet"))]
+    # The engine of the README takes minutes to build; a toy one, whose words are fewer, stands in for it.
+    stand_in = {"build/circle.png": str(tmp_path / "circle.png")}
+    if "build/quickstart" in words:
+        stand_in["build/quickstart"] = str(request.getfixturevalue("tiny_engine"))
+    try:
+        code = main([stand_in.get(word, word) for word in words[1:]])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert out
+
+
+@pytest.mark.parametrize("block", snippets("python"))
+def test_every_python_block_of_the_readme_runs(block: str, tiny_engine: Path) -> None:
+    code = block.replace('"build/quickstart"', repr(str(tiny_engine))).replace("(1, 64, 64, 3)", "(1, 16, 16, 3)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids(RECIPES))
