@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 # What pip is asked for first, so that no other requirement chooses a build of PyTorch; `make demo TORCH=...` takes another.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test check reference bench clean
+.PHONY: help demo test check test-slow reference bench clean
 
 help:
 	@echo "make demo       install, compress the quickstart model, generate pictures, print where the report is"
 	@echo "make test       lint, types and tests"
+	@echo "make test-slow  what takes minutes: kills and resumes, installs other packages to compare with"
 	@echo "make reference  retrain the reference models from nothing (hours; resumes)"
 	@echo "make bench      run the benchmark recipes and print the tables of README.md"
 	@echo "make clean      remove build/ and the environment"
@@ -30,15 +31,19 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml constraints.txt
 
 demo: $(VENV)/demo
 	$(BIN)/compress recipes/quickstart.yaml
-	$(BIN)/compress run build/quickstart --seed 1 -o build/quickstart/pictures \
-	  --prompt "a large red circle on the left" --prompt "a small blue square on the right"
+	$(BIN)/compress run build/quickstart --seed 1 -o build/pictures \
+	  --prompt "a large red circle at the left on a plain teal background" \
+	  --prompt "a small white square left of a large blue cross on a dotted brown background"
 	@echo "The report is build/quickstart/report.html"
 
 test check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy compress export
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/dev
+	$(BIN)/python -m pytest -m slow
 
 reference: $(VENV)/demo
 	$(BIN)/python -m recipes.reference.train
