@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,8 +27,14 @@ from recipes.reference.trainer import Budget, train
 from recipes.reference.vae import VAE_BUDGET, train_vae
 
 STAGES = ("prompts", "text", "vae", "recogniser", "latents", "unet", "mmdit", "export", "score")
-UNET_BUDGET = Budget(steps=5400, rate=8e-4, warmup=200, decay=1600)
-MMDIT_BUDGET = Budget(steps=5400, rate=8e-4, warmup=200, decay=1600)
+#: What the shipped weights were trained with.
+BUDGETS: dict[str, Budget] = {
+    "text": TEXT_BUDGET,
+    "vae": VAE_BUDGET,
+    "recogniser": RECOGNISER_BUDGET,
+    "unet": Budget(steps=2050, rate=8e-4, warmup=200, decay=700),
+    "mmdit": Budget(steps=2200, rate=8e-4, warmup=200, decay=700),
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,7 @@ class Plan:
     work: Path = Path("build/reference")
     output: Path = Path(__file__).resolve().parent
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    text: Budget = TEXT_BUDGET
-    vae: Budget = VAE_BUDGET
-    recogniser: Budget = RECOGNISER_BUDGET
-    unet: Budget = UNET_BUDGET
-    mmdit: Budget = MMDIT_BUDGET
+    budgets: Mapping[str, Budget] = field(default_factory=lambda: BUDGETS)
     latents: int = LATENT_COUNT
     prompts: int = 512
     steps: int = 50
@@ -68,16 +71,18 @@ class Stages:
 
     def text(self) -> CLIPTextModelWithProjection:
         """The pretrained, frozen text encoder."""
-        return train_text_encoder(self.plan.work / "text.pt", self.tokenizer(), self.plan.device, self.plan.text, say)
+        return train_text_encoder(
+            self.plan.work / "text.pt", self.tokenizer(), self.plan.device, self.plan.budgets["text"], say
+        )
 
     def vae(self) -> AutoencoderKL:
         """The trained autoencoder."""
-        return train_vae(self.plan.work / "vae.pt", self.plan.device, self.plan.vae, say)
+        return train_vae(self.plan.work / "vae.pt", self.plan.device, self.plan.budgets["vae"], say)
 
     def recogniser(self) -> None:
         """Train the recogniser and write the scorer folder."""
         model = train_recogniser(
-            self.plan.work / "recogniser.pt", self.vae(), self.plan.device, self.plan.recogniser, say
+            self.plan.work / "recogniser.pt", self.vae(), self.plan.device, self.plan.budgets["recogniser"], say
         )
         write_scorer(model, self.plan.output / "recogniser")
 
@@ -102,7 +107,7 @@ class Stages:
         torch.manual_seed(4)
         model = build_unet().to(self.plan.device)
         loss_at = unet_objective(model, self.text(), self._batches())
-        model.load_state_dict(train("unet", model, loss_at, self.plan.unet, self.plan.work / "unet.pt", say))
+        model.load_state_dict(train("unet", model, loss_at, self.plan.budgets["unet"], self.plan.work / "unet.pt", say))
         return model.eval()
 
     def mmdit(self) -> SD3Transformer2DModel:
@@ -110,22 +115,31 @@ class Stages:
         torch.manual_seed(5)
         model = build_mmdit().to(self.plan.device)
         loss_at = mmdit_objective(model, self.text(), self._batches())
-        model.load_state_dict(train("mmdit", model, loss_at, self.plan.mmdit, self.plan.work / "mmdit.pt", say))
+        model.load_state_dict(
+            train("mmdit", model, loss_at, self.plan.budgets["mmdit"], self.plan.work / "mmdit.pt", say)
+        )
         return model.eval()
 
     def export(self) -> None:
         """Write both model folders from the checkpoints as they are now, finished or not."""
-        for name, build, write in (
-            ("unet", build_unet, write_unet_folder),
-            ("mmdit", build_mmdit, write_mmdit_folder),
-        ):
-            state = read_checkpoint(self.plan.work / f"{name}.pt")
-            if state is None:
-                raise SystemExit(f"{self.plan.work / name}.pt does not exist: run --stage {name} first")
-            model = build()
-            model.load_state_dict(state["average"])
-            write(self.plan.output / name, model.eval(), self.vae(), self.text(), self.plan.work / "tokenizer")
-            say(f"export: {self.plan.output / name} (step {state['step']})")
+        vae, text, tokenizer = self.vae(), self.text(), self.plan.work / "tokenizer"
+        unet, mmdit = build_unet(), build_mmdit()
+        step = self._load_average("unet", unet)
+        write_unet_folder(self.plan.output / "unet", unet, vae, text, tokenizer)
+        say(f"export: {self.plan.output / 'unet'} (step {step})")
+        step = self._load_average("mmdit", mmdit)
+        write_mmdit_folder(self.plan.output / "mmdit", mmdit, vae, text, tokenizer)
+        say(f"export: {self.plan.output / 'mmdit'} (step {step})")
+
+    def _load_average(self, name: str, module: torch.nn.Module) -> int:
+        """Load the averaged weights of a stage's checkpoint into `module` and return their step."""
+        path = self.plan.work / f"{name}.pt"
+        state = read_checkpoint(path)
+        if state is None:
+            raise SystemExit(f"{path} does not exist: run --stage {name} first")
+        module.load_state_dict(state["average"])
+        module.eval()
+        return int(state["step"])
 
     def score(self) -> None:
         """Print the attribute accuracy of both folders."""
@@ -158,8 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Plan.output, help="folders (default: beside this file)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--steps-unet", type=int, default=UNET_BUDGET.steps)
-    parser.add_argument("--steps-mmdit", type=int, default=MMDIT_BUDGET.steps)
+    for name, budget in BUDGETS.items():
+        parser.add_argument(f"--steps-{name}", type=int, default=budget.steps, help="updates (default: %(default)s)")
     parser.add_argument("--latents", type=int, default=LATENT_COUNT, help="size of the denoisers' training set")
     parser.add_argument("--prompts", type=int, default=Plan.prompts, help="held-out prompts to score")
     parser.add_argument("--guidance", type=float, default=Plan.guidance, help="guidance scale of the scores")
@@ -169,8 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         work=chosen.work,
         output=chosen.output,
         device=torch.device(chosen.device),
-        unet=replace(UNET_BUDGET, steps=chosen.steps_unet),
-        mmdit=replace(MMDIT_BUDGET, steps=chosen.steps_mmdit),
+        budgets={name: replace(budget, steps=getattr(chosen, f"steps_{name}")) for name, budget in BUDGETS.items()},
         latents=chosen.latents,
         prompts=chosen.prompts,
         guidance=chosen.guidance,
