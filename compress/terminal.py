@@ -45,7 +45,7 @@ class Terminal:
         """Return a rich console on stdout; tables are cut to the width of a terminal only."""
         from rich.console import Console
 
-        return Console(file=self.stdout, width=None if self.stdout.isatty() else 1000, highlight=False)
+        return Console(file=self.stdout, width=None if self.stdout.isatty() else 1000, highlight=False, markup=False)
 
     def note(self, sentence: str) -> None:
         """Print one sentence on stderr, above the progress bars."""

@@ -188,6 +188,17 @@ def test_the_doctor_examines_this_machine(capsys: pytest.CaptureFixture[str]) ->
     assert "target onnxruntime-cpu" in capsys.readouterr().out
 
 
+def test_tables_show_what_they_are_given(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+
+    table = Table("how", "module", box=None)
+    table.add_row("pip install 'latent-compress[openvino]'", "transformer_blocks.0." * 20)
+    Terminal().say(table)
+    out = capsys.readouterr().out
+    assert "latent-compress[openvino]" in out
+    assert "transformer_blocks.0." * 20 in out
+
+
 def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     recipe = tmp_path / "x.yaml"
     os.mkfifo(recipe)  # the program waits for somebody to write into it

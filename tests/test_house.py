@@ -160,7 +160,7 @@ def sins(path: Path) -> Iterator[str]:
     """Find what the house does not do, in one packaged file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         line = getattr(node, "lineno", 0)
-        if isinstance(node, ast.Assert):
+        if isinstance(node, ast.Assert) and not ast.unparse(node.test).endswith(" is not None"):
             yield f"{line}: an assert is no error message"
         if isinstance(node, ast.ExceptHandler):
             if all(isinstance(inner, ast.Pass) for inner in node.body):
