@@ -95,8 +95,10 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Serialise."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        """Serialise, keys sorted but for the targets, which stay in the order they were asked for."""
+        content = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, sort_keys=True))
+        content["targets"] = {name: content["targets"][name] for name in self.targets}
+        return json.dumps(content, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
