@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from export.quant_plan import Affine, LayerQuant
 
 
-def with_brevitas_layers(module: nn.Module, names: Collection[str]) -> nn.Module:
+def with_brevitas_layers(module: nn.Module, names: Collection[str], *, activations: bool = True) -> nn.Module:
     """A copy in which the named layers are Brevitas' `QuantLinear` and `QuantConv2d`; parameters are copied.
 
     Weights: signed 8 bits, symmetric, narrow range, one scale per output channel. Inputs, and the outputs of
     convolutions: unsigned 8 bits, asymmetric, per tensor, calibrated under `brevitas.graph.calibrate.calibration_mode`
-    to the average over calls of the 99.999 % interval.
+    to the average over calls of the 99.999 % interval; none of them without `activations`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -26,15 +26,16 @@ def with_brevitas_layers(module: nn.Module, names: Collection[str]) -> nn.Module
         from brevitas.graph.quantize import layerwise_quantize
         from brevitas.quant import Int8WeightPerChannelFloat, ShiftedUint8ActPerTensorFloat
 
+    activation = ShiftedUint8ActPerTensorFloat if activations else None
     quantizers = {
         "weight_quant": Int8WeightPerChannelFloat,
-        "input_quant": ShiftedUint8ActPerTensorFloat,
+        "input_quant": activation,
         "bias_quant": None,
         "return_quant_tensor": False,
     }
     layers: dict[type[nn.Module], Any] = {
         nn.Linear: (qnn.QuantLinear, quantizers | {"output_quant": None}),
-        nn.Conv2d: (qnn.QuantConv2d, quantizers | {"output_quant": ShiftedUint8ActPerTensorFloat}),
+        nn.Conv2d: (qnn.QuantConv2d, quantizers | {"output_quant": activation}),
     }
     others = [name for name, layer in module.named_modules() if type(layer) in layers and name not in names]
     return layerwise_quantize(copy.deepcopy(module), compute_layer_map=layers, name_blacklist=others)

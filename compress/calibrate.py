@@ -157,7 +157,7 @@ def layer_quants(
     """
     quants: dict[str, dict[str, LayerQuant]] = {}
     for part, own in chosen.items():
-        quantized = with_brevitas_layers(_component(model, part), own.keys())
+        quantized = with_brevitas_layers(_component(model, part), own.keys(), activations=False)
         quants[part] = {}
         for name, scheme in own.items():
             layer = quantized.get_submodule(name)

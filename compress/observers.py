@@ -13,6 +13,9 @@ from export.quant_plan import Affine
 HALF = 4096
 """Bins on either side of zero."""
 
+SHARES = torch.linspace(1.0, 0.3, 57)
+"""Of a bound, tried by `mse`."""
+
 TAIL = 1e-5
 """The share of numbers that `percentile` clips at either end."""
 
@@ -65,17 +68,19 @@ class Histogram:
     def _mse(self) -> Affine:
         """Shrink the upper, then the lower bound, twice, to what minimises the mean squared error over all seen."""
         used = self.counts.nonzero()[:, 0]
-        values = (used.double() + 0.5 - HALF) * (self.limit / HALF)
-        weights = self.counts[used]
-        low, high = min(self.low, 0.0), max(self.high, 0.0)
-        shares = torch.linspace(1.0, 0.3, 57).tolist()
+        values = ((used.double() + 0.5 - HALF) * (self.limit / HALF)).float()
+        weights = (self.counts[used] / self.counts.sum()).float()
+        low, high = torch.tensor([min(self.low, 0.0)]), torch.tensor([max(self.high, 0.0)])
         for _ in range(2):
-            high = min((high * share for share in shares), key=lambda bound: _error(values, weights, low, bound))
-            low = min((low * share for share in shares), key=lambda bound: _error(values, weights, bound, high))
-        return Affine.of_range(low, high)
+            high = (candidates := high * SHARES)[_errors(values, weights, low, candidates).argmin()]
+            low = (candidates := low * SHARES)[_errors(values, weights, candidates, high).argmin()]
+        return Affine.of_range(float(low), float(high))
 
 
-def _error(values: Tensor, weights: Tensor, low: float, high: float) -> float:
-    grid = Affine.of_range(low, high)
-    rounded = torch.clamp(torch.round(values / grid.scale) + grid.zero_point, 0, 255)
-    return float((weights * (values - (rounded - grid.zero_point) * grid.scale) ** 2).sum())
+def _errors(values: Tensor, weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The mean squared error (candidates,) of the grids over [low, high]."""
+    low, high = torch.broadcast_tensors(low, high)
+    scale = ((high - low) / 255).clamp_min(1e-8)[:, None]
+    zero_point = torch.round(-low[:, None] / scale)
+    rounded = torch.clamp(torch.round(values / scale) + zero_point, 0, 255)
+    return (((rounded - zero_point) * scale - values) ** 2 * weights).sum(1)
