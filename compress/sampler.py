@@ -214,8 +214,10 @@ class _Run:
 def _input_scale(what: SchedulerSetup, scheduler: Any, x: ExactLatent, t: torch.Tensor) -> float:
     if not hasattr(scheduler, "scale_model_input"):
         return 1.0
-    before = plain(x)
-    scaled = plain(scheduler.scale_model_input(x, t))
+    result = scheduler.scale_model_input(x, t)
+    if result is x:
+        return 1.0
+    before, scaled = plain(x), plain(result)
     scale = float(scaled @ before) / float(before @ before)
     if not torch.allclose(scaled, scale * before, rtol=0, atol=TOLERANCE * float(before.abs().max())):
         raise RefusedError(f"{what.name} does more to the input of the network than scale it")
