@@ -28,7 +28,10 @@ def write_optimum_layout(model: LatentDiffusion, folder: Path) -> None:
     part = model.family.part
     configs: dict[str, Any] = {part: model.denoiser, "vae_encoder": model.vae, "vae_decoder": model.vae}
     for name, network in {**configs, **model.text_encoders}.items():
-        _write(folder / name / "config.json", _config(network))
+        config = _config(network)
+        if config.get("shift_factor", 0.0) is None:
+            config["shift_factor"] = 0.0  # the pipeline of Stable Diffusion 3 adds it whether it is there or not
+        _write(folder / name / "config.json", config)
     for name, tokenizer in model.tokenizers.items():
         special = {key: str(getattr(tokenizer, key)) for key in _SPECIAL if getattr(tokenizer, key, None)}
         length = int(tokenizer.model_max_length)
