@@ -95,6 +95,8 @@ def _settings(threads: int | None, options: Mapping[str, Any]) -> Any:
     settings.log_severity_level = _FATAL
     # An engine is several sessions that run in turn: one that waits must not keep the cores of the next one busy.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    # Weights that are only stored in 8 bits meet float activations: the default rounds those to 8 bits on the way.
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return settings
 
 

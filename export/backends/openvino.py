@@ -69,6 +69,8 @@ def _compile(path: Path, threads: int | None, options: Mapping[str, Any]) -> Any
         "INFERENCE_PRECISION_HINT": _HINTS[options.get("inference_precision", "float32")],
         # Two processes that pin their threads would share a core while another one idles.
         "ENABLE_CPU_PINNING": False,
+        # Weights that are only stored in 8 bits meet float activations: the default rounds those to 8 bits on the way.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
