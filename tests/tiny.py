@@ -81,6 +81,7 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 def vae() -> AutoencoderKL:
     """Pictures twice as wide as their latents of 4 channels."""
     return AutoencoderKL(
+        shift_factor=0.0,  # the pipeline of Stable Diffusion 3 adds it whether it is there or not
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
