@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.estimate import Estimate, estimate
+from compress.export_engine import checked_shapes
 from compress.measure import planned_metrics
 from compress.model import LatentDiffusion, load
 from compress.passes.base import Edit, Pass, PassContext, Progress, silent
 from compress.prompts import check_disjoint, read_prompts
-from compress.publish import publish
+from compress.publish import publish, shapes_of
 from compress.recipe_reader import pass_fields
 from compress.sampler import compile_sampler
 from compress.store import Store, cache_folder
@@ -68,6 +69,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
     """
     store = Store((work_dir or cache_folder()) / "store")
     original = load(recipe.locate(recipe.model))
+    checked_shapes(original, shapes_of(recipe))
     sample(original, recipe)
     targets = [target(name) for name in recipe.targets]
     context = _context(recipe, progress)

@@ -108,7 +108,7 @@ def export_engine(
     """
     if model.step_plan is None:
         raise PassError("the model has no step plan yet, so it cannot be exported")
-    shapes = _checked_shapes(model, shapes)
+    shapes = checked_shapes(model, shapes)
     plan = model.step_plan
     folder.mkdir(parents=True, exist_ok=True)
     jobs = list(_jobs(model, shapes))
@@ -166,7 +166,7 @@ def export_engine(
     return manifest
 
 
-def _checked_shapes(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> dict[str, Sizes]:
+def checked_shapes(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> dict[str, Sizes]:
     """All four sizes, in pixels and tokens.
 
     Raises:

@@ -57,7 +57,7 @@ def publish(
     out = recipe.locate(recipe.out)
     folder = temporary_beside(out)
     try:
-        shapes = _shapes(recipe)
+        shapes = shapes_of(recipe)
         compressed = list(stages.values())[-1] if stages else original
         export_engine(
             compressed,
@@ -89,7 +89,8 @@ def publish(
     return place, report
 
 
-def _shapes(recipe: Recipe) -> dict[str, tuple[int, int, int]]:
+def shapes_of(recipe: Recipe) -> dict[str, tuple[int, int, int]]:
+    """The sizes the recipe asks for: least, best, greatest."""
     shapes = {name: tuple(getattr(recipe.shapes, name)) for name in ("batch", "height", "width")}
     if recipe.shapes.prompt_tokens is not None:
         shapes["prompt_tokens"] = tuple(recipe.shapes.prompt_tokens)
