@@ -17,6 +17,7 @@ from compress.clip_score import ClipScorer
 from compress.environment import BUILT, SIMULATED, environment, ran
 from compress.export_engine import export_engine
 from compress.latency import Contestant, interleave
+from compress.localise_graph import compare_graph
 from compress.measure import Judge, Quality, Stage, Workload
 from compress.metrics import Estimate
 from compress.original import PipelineCall, open_pipeline
@@ -28,6 +29,7 @@ from compress.scorer import Scorer
 from export.backends import available
 from export.engine import Engine
 from export.manifest import Manifest, read_manifest
+from export.qdq import DIALECTS
 from export.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -265,8 +267,10 @@ def _qualities(
     original = subject.original
     made["original"] = make("original", original.state_hash(), lambda: measure.runtime(original, False), workload)
     before = made["original"]
+    rounded = _conv_outputs(subject, picked)
     for name, model in subject.stages.items():
-        made[name] = make(f"after {name}", model.state_hash(), partial(measure.runtime, model), few)
+        what = f"{model.state_hash()} {'with' if rounded else 'without'} rounded outputs of convolutions"
+        made[name] = make(f"after {name}", what, partial(measure.runtime, model, True, rounded), few)
         measure.check_changed(before, made[name], f"the pass {name}")
         before = made[name]
     made["compressed"] = before.first(len(few.prompts))
@@ -280,6 +284,12 @@ def _qualities(
         if name != "original":
             judged[name] = judge.quality(stage, made["original"], base)
     return _Qualities(made, judged)
+
+
+def _conv_outputs(subject: Subject, picked: str) -> bool:
+    """Whether the picked target rounds the outputs of convolutions, so that PyTorch has to."""
+    dialect = next(row.dialect for row in subject.targets if row.name == picked)
+    return DIALECTS[dialect].conv_output
 
 
 def _reference_runtime(folder: Path, target: str) -> Runtime:
@@ -347,7 +357,7 @@ def _curves(subject: Subject, picked: str, workload: Workload, progress: Progres
     few = workload.first(TRACED)
     reference = measure.trace(measure.runtime(subject.original, simulate=False), few)
     stages: dict[str, Callable[[], Runtime]] = {
-        "compressed": partial(measure.runtime, subject.compressed),
+        "compressed": partial(measure.runtime, subject.compressed, True, _conv_outputs(subject, picked)),
         "exported": partial(_reference_runtime, subject.folder, picked),
         picked: partial(_opened, subject.folder, picked, 1),
     }
@@ -373,9 +383,10 @@ def _localised(
     original = measure.runtime(subject.original, simulate=False)
     recorder = localise.Recorder(original.functions)
     original.altered(functions=recorder.functions).generate(few.texts, list(few.seeds), few.height, few.width)
-    layers = localise.compare_parts(subject.original, subject.compressed, recorder.inputs)
+    rounded = _conv_outputs(subject, picked)
+    layers = localise.compare_parts(subject.original, subject.compressed, recorder.inputs, rounded)
     progress("where error enters", 1, 2)
-    compressed = measure.runtime(subject.compressed)
+    compressed = measure.runtime(subject.compressed, True, rounded)
     exported = _reference_runtime(subject.folder, picked)
     graphs = {}
     for before, after, title in (
@@ -402,7 +413,19 @@ def _localised(
     blamed = graphs.get(stage or "", ())
     worst = blamed[0].name if blamed else None
     ranked = () if layers is None else layers.ranked(10)
+    if stage == "exported" and blamed:
+        worst = _lowered_layer(subject, picked, compressed, blamed[0].name.partition(":")[0], few) or worst
     return Localisation(handovers=found, stage=stage, layer=worst, layers=ranked, graphs=graphs)
+
+
+def _lowered_layer(subject: Subject, picked: str, compressed: Runtime, function: str, few: Workload) -> str | None:
+    """Name the layer at which the lowered graph of a function departs from PyTorch; None where none is quantized."""
+    recorder = localise.Recorder(compressed.functions)
+    compressed.altered(functions=recorder.functions).generate(few.texts, list(few.seeds), few.height, few.width)
+    module = subject.compressed.modules(True, _conv_outputs(subject, picked))[function]
+    graph = subject.folder / read_manifest(subject.folder).targets[picked].graphs[function]
+    found = compare_graph(module, graph, recorder.inputs[function], f"{function}.")
+    return None if found is None else found.largest_drop().name
 
 
 def _notes(subject: Subject, evaluate: Evaluate, threads: int) -> list[str]:

@@ -16,7 +16,6 @@ from compress.report import Handover, Layer
 from export.loop import PartFunction
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from compress.model import LatentDiffusion
@@ -85,14 +84,14 @@ def compare_layers(
     twins = {name: module for name, module in candidate.named_modules() if name in layers}
     if not twins:
         raise PassError("the two networks have no layers in common, so they cannot be compared layer by layer")
-    local: dict[str, _Ratio] = {}
-    cumulative: dict[str, _Ratio] = {}
-    kept: dict[str, list[torch.Tensor]] = {}
+    local: dict[str, Ratio] = {}
+    cumulative: dict[str, Ratio] = {}
+    kept: dict[str, list[np.ndarray]] = {}
 
     def given_the_same(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             expected = _sampled(output)
-            local.setdefault(name, _Ratio()).add(expected, _sampled(twins[name](*args, **kwargs)))
+            local.setdefault(name, Ratio()).add(expected, _sampled(twins[name](*args, **kwargs)))
             kept.setdefault(name, []).append(expected)
 
         return hook
@@ -101,7 +100,7 @@ def compare_layers(
         calls = iter(kept[name])
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            cumulative.setdefault(name, _Ratio()).add(next(calls), _sampled(output))
+            cumulative.setdefault(name, Ratio()).add(next(calls), _sampled(output))
 
         return hook
 
@@ -122,7 +121,10 @@ def compare_layers(
 
 
 def compare_parts(
-    original: LatentDiffusion, compressed: LatentDiffusion, inputs: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
+    original: LatentDiffusion,
+    compressed: LatentDiffusion,
+    inputs: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
+    conv_outputs: bool = True,
 ) -> LayerErrors | None:
     """Compare every quantized part of a model with the original's, layer by layer.
 
@@ -130,6 +132,7 @@ def compare_parts(
         original: uncut, in full precision.
         compressed: the same networks with quantization plans.
         inputs: part -> the inputs of some of its calls, as a `Recorder` on the original's functions kept them.
+        conv_outputs: fake-quantize the outputs of convolutions, too, as the target's dialect does.
 
     Returns:
         The layers of all parts in the order text encoders, denoiser, VAE, named `part.module`; None where no part is
@@ -147,7 +150,7 @@ def compare_parts(
         reference = original.parts()[part]
         network = original.denoiser if part == "denoiser" else reference.component
         changed = compressed.denoiser if part == "denoiser" else compressed.parts()[part].component
-        rounded = fake_quantized(changed, compressed.quant_plans[part])
+        rounded = fake_quantized(changed, compressed.quant_plans[part], conv_outputs=conv_outputs)
         calls = [{key: torch.from_numpy(np.array(value)) for key, value in call.items()} for call in inputs[part]]
 
         def run(module: nn.Module, part: str = part, whole: Any = reference, calls: Any = calls) -> None:
@@ -170,27 +173,35 @@ def _run(run: Callable[[nn.Module], object], network: nn.Module, hooks: Sequence
             hook.remove()
 
 
-def _sampled(output: Any) -> torch.Tensor:
+def _sampled(output: Any) -> np.ndarray:
     """At most `_KEPT` values of a layer's (first) output, evenly spread."""
     while isinstance(output, tuple | list):
         output = output[0]
-    flat: torch.Tensor = output.detach().float().reshape(-1)
-    return flat[:: math.ceil(flat.numel() / _KEPT)].clone()
+    flat: np.ndarray = output.detach().float().reshape(-1).numpy()
+    return flat[:: math.ceil(flat.size / _KEPT)].copy()
 
 
-class _Ratio:
-    """Signal and noise power, summed over calls."""
+class Ratio:
+    """Signal and noise power of one tensor, summed over calls.
+
+    Attributes:
+        seen: whether anything was added.
+    """
 
     def __init__(self) -> None:
+        self.seen = False
         self._signal = 0.0
         self._noise = 0.0
 
-    def add(self, expected: torch.Tensor, found: torch.Tensor) -> None:
-        self._signal += float(expected.double().square().sum())
-        noise = float((found.double() - expected.double()).square().sum())
+    def add(self, expected: np.ndarray, found: np.ndarray) -> None:
+        """Add one call; a value that is not finite counts as infinite noise."""
+        self.seen = True
+        self._signal += float(np.square(expected, dtype=np.float64).sum())
+        noise = float(np.square(np.subtract(found, expected, dtype=np.float64)).sum())
         self._noise += noise if math.isfinite(noise) else math.inf
 
     def db(self) -> float:
+        """Signal-to-noise ratio, within +-`DB_CAP`."""
         if self._noise == 0.0:
             return DB_CAP
         if self._signal == 0.0 or math.isinf(self._noise):

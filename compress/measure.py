@@ -93,19 +93,20 @@ class Stage:
             return cls(arrays["latents"], arrays["images"])
 
 
-def runtime(model: LatentDiffusion, simulate: bool = True) -> Runtime:
+def runtime(model: LatentDiffusion, simulate: bool = True, conv_outputs: bool = True) -> Runtime:
     """Bind a model's networks, in PyTorch, to its step plan.
 
     Args:
         model: with a step plan.
         simulate: quantized parts compute with fake-quantized weights and activations.
+        conv_outputs: the outputs of convolutions, too; as `export.qdq.Dialect.conv_output` of the target.
     """
     from compress.tokenizers import portable
 
     if model.step_plan is None:
         raise PassError("the model has no step plan yet; compile its sampler first")
     tokenizers = {name: portable(tokenizer) for name, tokenizer in model.tokenizers.items()}
-    functions = model.functions(simulate)
+    functions = model.functions(simulate, conv_outputs)
     return Runtime(model.step_plan, functions, model.conditioning, LatentSpec(**model.latent), tokenizers)
 
 

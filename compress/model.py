@@ -97,22 +97,33 @@ class LatentDiffusion:
         """
         return {"denoiser": self.family.segments(self.denoiser, None)[0][0].module, **self._surroundings()}
 
-    def functions(self, simulate: bool = True) -> dict[str, PartFunction]:
+    def functions(self, simulate: bool = True, conv_outputs: bool = True) -> dict[str, PartFunction]:
         """NumPy functions for the runtime: the denoiser's segments, `vae_decoder`, `vae_encoder`, the text encoders.
 
         Args:
             simulate: quantized parts compute with fake-quantized weights and activations; False ignores the plans.
+            conv_outputs: see `modules`.
+        """
+        return {name: _function(module) for name, module in self.modules(simulate, conv_outputs).items()}
+
+    def modules(self, simulate: bool = True, conv_outputs: bool = True) -> dict[str, Network]:
+        """The networks behind `functions`; their weights are the model's own, or fake-quantized copies.
+
+        Args:
+            simulate: quantized parts compute with fake-quantized weights and activations; False ignores the plans.
+            conv_outputs: fake-quantize the outputs of convolutions, too, as the dialect of some runtimes does.
         """
         denoiser, parts = self.denoiser, self._surroundings()
         for name, plan in self.quant_plans.items() if simulate else ():
             from compress.fake_quantize import fake_quantized
 
             if name == "denoiser":
-                denoiser = fake_quantized(denoiser, plan)
+                denoiser = fake_quantized(denoiser, plan, conv_outputs=conv_outputs)
             else:
-                parts[name] = type(parts[name])(fake_quantized(parts[name].component, plan))
+                component = fake_quantized(parts[name].component, plan, conv_outputs=conv_outputs)
+                parts[name] = type(parts[name])(component)
         segments = self.family.segments(denoiser, self.cut)[0]
-        return {name: _function(module) for name, module in ({s.name: s.module for s in segments} | parts).items()}
+        return {segment.name: segment.module for segment in segments} | parts
 
     def hash(self) -> str:
         """SHA-256 over all weights, configurations and tokenizers; not over what was planned for them."""

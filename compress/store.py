@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -69,8 +70,9 @@ class Usage:
     bytes: int
 
 
-def _warn_nobody(sentence: str) -> None:
-    """Report a damaged entry to nobody."""
+def _say(sentence: str) -> None:
+    """Report a damaged entry on stderr."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 class Store:
@@ -85,7 +87,7 @@ class Store:
         report: receives one sentence for each damaged entry that was removed.
     """
 
-    def __init__(self, folder: str | Path | None = None, report: Callable[[str], None] = _warn_nobody) -> None:
+    def __init__(self, folder: str | Path | None = None, report: Callable[[str], None] = _say) -> None:
         self.folder = cache_folder() / "store" if folder is None else Path(folder)
         self.report = report
 

@@ -195,8 +195,9 @@ def disturbed(places: dict[int, float]) -> Chain:
     chain = Chain()
     with torch.no_grad():
         for index, sigma in places.items():
-            weight = chain.layers[index].weight
-            weight += sigma * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
+            layer = chain.layers[index]
+            assert isinstance(layer, nn.Linear)
+            layer.weight += sigma * torch.randn(8, 8, generator=torch.Generator().manual_seed(index))
     return chain
 
 
@@ -226,7 +227,7 @@ def test_not_a_number_in_a_layer_is_the_worst_there_is() -> None:
     x = torch.randn(4, 8)
     broken = Chain()
     with torch.no_grad():
-        broken.layers[2].bias[0] = float("nan")
+        dict(broken.named_parameters())["layers.2.bias"][0] = float("nan")
     found = compare_layers(Chain(), broken, lambda chain: chain(x))
     assert found.worst().name == "layers.2"
     assert found.worst().local_db == -150

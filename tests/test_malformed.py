@@ -49,6 +49,7 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pyte
 
     def run(code: int, *words: str) -> str:
         before = tree(tmp_path)
+        capfd.readouterr()  # what making the model printed
         found = main([*words])
         out, err = capfd.readouterr()
         assert found == code, err

@@ -254,6 +254,16 @@ def test_what_turns_out_later_is_located_too(folder: Path) -> None:
     assert str(later) == f"{folder / 'toy.yaml'}:13: shapes.width: 16 is not a multiple of 32"
 
 
+def test_an_error_that_only_knows_its_key_gets_file_and_line(folder: Path) -> None:
+    recipe = load(folder, "passes.1.cache.interval=3")
+    gate = recipe.placed(RecipeError("gates.latent_psnr_db.min: is too much"))
+    assert str(gate) == f"{folder / 'toy.yaml'}:16: gates.latent_psnr_db.min: is too much"
+    field = recipe.placed(RecipeError("passes[1].cache.interval: is too long"))
+    assert str(field) == "--set passes.1.cache.interval=3: passes[1].cache.interval: is too long"
+    other = RecipeError("nothing of the recipe: is meant")
+    assert recipe.placed(other) is other
+
+
 def test_heldout_prompts_are_found_beside_the_calibration_prompts(folder: Path) -> None:
     assert "evaluate.prompts: is missing" in error_of(folder, "evaluate={samples: 4}")
     (folder / "heldout.jsonl").write_text('{"prompt": "a"}\n')

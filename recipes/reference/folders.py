@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -30,10 +32,11 @@ def plain_text_encoder(encoder: CLIPTextModelWithProjection) -> CLIPTextModel:
     return plain.eval()
 
 
-def _save(pipeline: DiffusionPipeline, folder: Path, tokenizer: Path) -> None:
+def _save(pipeline: DiffusionPipeline, folder: Path, tokenizer: Path, index: dict[str, Any] | None = None) -> None:
     """Save in float16 beside `folder`, then swap, so that a reader sees the old folder or the new one.
 
-    The classic vocab.json and merges.txt of the folder `tokenizer` are laid beside each tokenizer.json.
+    The classic vocab.json and merges.txt of the folder `tokenizer` are laid beside each tokenizer.json, and `index` is
+    added to model_index.json.
     """
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -42,6 +45,9 @@ def _save(pipeline: DiffusionPipeline, folder: Path, tokenizer: Path) -> None:
     for target in fresh.glob("tokenizer*"):
         for name in ("vocab.json", "merges.txt"):
             shutil.copyfile(tokenizer / name, target / name)
+    card = fresh / "model_index.json"
+    entries = json.loads(card.read_text()) | (index or {})
+    card.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
@@ -99,7 +105,7 @@ def write_mmdit_folder(
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    _save(pipeline, folder, tokenizer)
+    _save(pipeline, folder, tokenizer, {"max_sequence_length": 1})
 
 
 def open_pipeline(folder: Path) -> tuple[DiffusionPipeline, dict[str, int]]:
