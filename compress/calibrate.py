@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.brevitas_layers import calibrated_grids, weight_scales, with_brevitas_layers
 from compress.errors import PassError, RefusedError
-from compress.fake_quantize import round_to, rounded_weight
-from compress.measure import runtime
-from compress.model import LatentDiffusion
-from compress.observers import Histogram
-from compress.passes.base import PassContext
+from compress.model.latent_diffusion import LatentDiffusion
+from compress.quantization.brevitas_layers import calibrated_grids, weight_scales, with_brevitas_layers
+from compress.quantization.fake_quantize import round_to, rounded_weight
+from compress.quantization.observers import Histogram
 from export.quant_plan import Affine, LayerQuant, Op
 from export.runtime import Runtime
+
+if TYPE_CHECKING:
+    from compress.passes.base import PassContext
 
 BATCH = 4
 """Pictures made at once; with guidance the denoiser sees twice as many."""
@@ -79,7 +80,7 @@ def observe(model: LatentDiffusion, layers: Layers, observer: str, context: Pass
             outputs.setdefault((part, name), Histogram()).update(y)
 
     with watching(model, layers, watch):
-        run(runtime(model, simulate=False), context, "calibrate")
+        run(model.runtime(simulate=False), context, "calibrate")
     _all_ran(layers, set(inputs))
     return {
         key: (seen.grid(observer), outputs[key].grid(observer) if key in outputs else None)
@@ -119,7 +120,7 @@ def correct_biases(
         for part, own in quants.items()
     }
     with watching(model, layers, watch):
-        run(runtime(model, simulate=False), context, "correct biases")
+        run(model.runtime(simulate=False), context, "correct biases")
     with torch.no_grad():
         for layer, total in sums.items():
             layer.bias += (total / counts[layer]).to(layer.bias.dtype)
@@ -179,7 +180,7 @@ def _observe_with_brevitas(model: LatentDiffusion, layers: Layers, context: Pass
             copy.text_encoders[place] = swapped
         else:
             setattr(copy, place, swapped)
-    floats = runtime(copy, simulate=False)  # first, since binding the networks ends their training mode
+    floats = copy.runtime(simulate=False)  # first, since binding the networks ends their training mode
     with contextlib.ExitStack() as stack:
         for place in names:
             stack.enter_context(calibration_mode(_network(copy, place)))

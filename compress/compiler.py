@@ -7,25 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.engine.export_engine import checked_shapes
 from compress.estimate import Estimate, estimate
-from compress.export_engine import checked_shapes
-from compress.measure import planned_metrics
-from compress.model import LatentDiffusion, load
-from compress.passes.base import Edit, Pass, PassContext, Progress, silent
+from compress.measure.quality import planned_metrics
+from compress.measure.verdict import refuse_gates
+from compress.model.latent_diffusion import LatentDiffusion, load
+from compress.passes.base import Edit, Pass, PassContext
+from compress.progress import Progress, silent
 from compress.prompts import check_disjoint, read_prompts
 from compress.publish import publish, shapes_of
-from compress.recipe_reader import pass_fields
+from compress.recipe.reader import pass_fields
 from compress.sampler import compile_sampler
 from compress.store import Store, cache_folder
-from compress.verdict import refuse_gates
 from export.step_plan import Segment
 from export.target import Target, target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from compress.recipe import Recipe
-    from compress.report import Report
+    from compress.recipe.schema import Recipe
+    from compress.report.report import Report
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Outcome:
 
     def render(self) -> RenderableType:
         """Return what the terminal shows."""
-        from compress.outcome_view import render
+        from compress.report.outcome_view import render
 
         return render(self)
 

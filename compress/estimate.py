@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from compress.model import LatentDiffusion
+    from compress.model.latent_diffusion import LatentDiffusion
     from compress.passes.base import Edit
-    from compress.recipe import Recipe
+    from compress.recipe.schema import Recipe
 
 MIB = 2**20
 PAIRED = 64

@@ -12,20 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress import baselines, localise, measure, memory, size, verdict
-from compress.clip_score import ClipScorer
-from compress.environment import BUILT, SIMULATED, environment, ran
-from compress.export_engine import export_engine
-from compress.latency import Contestant, interleave
-from compress.localise_graph import compare_graph
-from compress.measure import Judge, Quality, Stage, Workload
-from compress.metrics import Estimate
-from compress.original import PipelineCall, open_pipeline
-from compress.passes.base import Progress
+from compress.engine.export_engine import export_engine
+from compress.measure import baselines, localise, memory, quality, size, verdict
+from compress.measure.clip_score import ClipScorer
+from compress.measure.environment import BUILT, SIMULATED, environment, ran
+from compress.measure.latency import Contestant, interleave
+from compress.measure.localise_graph import compare_graph
+from compress.measure.metrics import Estimate
+from compress.measure.original import PipelineCall, open_pipeline
+from compress.measure.quality import Judge, Quality, Stage, Workload
+from compress.measure.scorer import Scorer
+from compress.progress import Progress
 from compress.prompts import read_prompts
-from compress.report import Baseline, Curve, Localisation, Plan, Report, Row, Verdict
-from compress.report_html import Pictures
-from compress.scorer import Scorer
+from compress.report.html import Pictures
+from compress.report.report import Baseline, Curve, Localisation, Plan, Report, Row, Verdict
 from export.backends import available
 from export.engine import Engine
 from export.manifest import Manifest, read_manifest
@@ -33,8 +33,8 @@ from export.qdq import DIALECTS
 from export.runtime import Runtime
 
 if TYPE_CHECKING:
-    from compress.model import LatentDiffusion
-    from compress.recipe import Evaluate, Recipe
+    from compress.model.latent_diffusion import LatentDiffusion
+    from compress.recipe.schema import Evaluate, Recipe
     from compress.store import Store
     from export.target import Target
 
@@ -100,7 +100,7 @@ def examine(subject: Subject, store: Store, progress: Progress) -> tuple[Report,
     workload = _workload(subject.recipe, evaluate)
     scorer, clip = _scorers(subject.recipe, evaluate)
     gates = _gates(subject.recipe)
-    verdict.refuse_gates(gates, measure.planned_metrics(scorer is not None, clip is not None, evaluate.samples))
+    verdict.refuse_gates(gates, quality.planned_metrics(scorer is not None, clip is not None, evaluate.samples))
     judge = Judge(workload.prompts, scorer, clip)
     with ExitStack() as cleanup:
         open_plain = _plain_opener(subject, ready, evaluate, store, progress, cleanup)
@@ -123,7 +123,7 @@ def examine(subject: Subject, store: Store, progress: Progress) -> tuple[Report,
         compressed=qualities.judged["compressed"].estimates,
         exported=qualities.judged["exported"].estimates,
         per_pass={name: qualities.judged[name].estimates for name in subject.stages},
-        changes={name: measure.changes(qualities.judged["original"], qualities.judged[name]) for name in ready},
+        changes={name: quality.changes(qualities.judged["original"], qualities.judged[name]) for name in ready},
     )
     table = verdict.rows(findings, gates)
     notes = _notes(subject, evaluate, timed.threads)
@@ -260,18 +260,18 @@ def _qualities(
         }
         return store.fetch(
             inputs,
-            lambda folder: measure.generate(runtime(), load, name, progress).save(folder / "stage.npz"),
+            lambda folder: quality.generate(runtime(), load, name, progress).save(folder / "stage.npz"),
             lambda folder: Stage.load(folder / "stage.npz"),
         )
 
     original = subject.original
-    made["original"] = make("original", original.state_hash(), lambda: measure.runtime(original, False), workload)
+    made["original"] = make("original", original.state_hash(), lambda: original.runtime(False), workload)
     before = made["original"]
     rounded = _conv_outputs(subject, picked)
     for name, model in subject.stages.items():
         what = f"{model.state_hash()} {'with' if rounded else 'without'} rounded outputs of convolutions"
-        made[name] = make(f"after {name}", what, partial(measure.runtime, model, True, rounded), few)
-        measure.check_changed(before, made[name], f"the pass {name}")
+        made[name] = make(f"after {name}", what, partial(model.runtime, True, rounded), few)
+        quality.check_changed(before, made[name], f"the pass {name}")
         before = made[name]
     made["compressed"] = before.first(len(few.prompts))
     reference = partial(_reference_runtime, subject.folder, picked)
@@ -355,9 +355,9 @@ def _costs(
 def _curves(subject: Subject, picked: str, workload: Workload, progress: Progress) -> tuple[Curve, ...]:
     """Per-step error of the compressed, exported and built model against the original."""
     few = workload.first(TRACED)
-    reference = measure.trace(measure.runtime(subject.original, simulate=False), few)
+    reference = quality.trace(subject.original.runtime(simulate=False), few)
     stages: dict[str, Callable[[], Runtime]] = {
-        "compressed": partial(measure.runtime, subject.compressed, True, _conv_outputs(subject, picked)),
+        "compressed": partial(subject.compressed.runtime, True, _conv_outputs(subject, picked)),
         "exported": partial(_reference_runtime, subject.folder, picked),
         picked: partial(_opened, subject.folder, picked, 1),
     }
@@ -365,8 +365,8 @@ def _curves(subject: Subject, picked: str, workload: Workload, progress: Progres
     for done, (name, opened) in enumerate(stages.items()):
         progress("error step by step", done, len(stages))
         runtime = opened()
-        free, forced = measure.trace(runtime, few), measure.trace(runtime, few, reference)
-        curves.append(measure.step_errors(name, reference, free, forced))
+        free, forced = quality.trace(runtime, few), quality.trace(runtime, few, reference)
+        curves.append(quality.step_errors(name, reference, free, forced))
     progress("error step by step", len(stages), len(stages))
     return tuple(curves)
 
@@ -380,13 +380,13 @@ def _localised(
     names = ["original", "compressed", "exported", picked]
     found = localise.handovers({name: qualities.made[name].latents[:count] for name in names})
     progress("where error enters", 0, 2)
-    original = measure.runtime(subject.original, simulate=False)
+    original = subject.original.runtime(simulate=False)
     recorder = localise.Recorder(original.functions)
     original.altered(functions=recorder.functions).generate(few.texts, list(few.seeds), few.height, few.width)
     rounded = _conv_outputs(subject, picked)
     layers = localise.compare_parts(subject.original, subject.compressed, recorder.inputs, rounded)
     progress("where error enters", 1, 2)
-    compressed = measure.runtime(subject.compressed, True, rounded)
+    compressed = subject.compressed.runtime(True, rounded)
     exported = _reference_runtime(subject.folder, picked)
     graphs = {}
     for before, after, title in (

@@ -11,7 +11,7 @@ from compress.errors import RefusedError
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.model import LatentDiffusion
+    from compress.model.latent_diffusion import LatentDiffusion
 
 
 # The two halves of a VAE are views of one module, so each is told by the names of its own parameters.
@@ -29,7 +29,7 @@ def take_stock(folder: Path) -> dict[str, Any]:
     if (folder / "manifest.json").exists():
         return {"kind": "engine", **stock_of_engine(folder)}
     if (folder / "model_index.json").exists():
-        from compress.model import load
+        from compress.model.latent_diffusion import load
 
         return {"kind": "model", **stock_of_model(load(folder))}
     raise RefusedError(f"{folder} holds neither manifest.json (an engine) nor model_index.json (a diffusers model)")

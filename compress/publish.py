@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.engine.export_engine import export_engine
+from compress.engine.swap import swap_in, temporary_beside
 from compress.errors import GateError
 from compress.examine import Subject, examine
-from compress.export_engine import export_engine
-from compress.passes.base import Progress
+from compress.progress import Progress
 from compress.prompts import read_prompts
-from compress.report_html import render
-from compress.swap import swap_in, temporary_beside
+from compress.report.html import render
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from compress.model import LatentDiffusion
-    from compress.recipe import Recipe
-    from compress.report import Report
+    from compress.model.latent_diffusion import LatentDiffusion
+    from compress.recipe.schema import Recipe
+    from compress.report.report import Report
     from compress.store import Store
     from export.target import Target
 

@@ -12,11 +12,11 @@ import pytest
 
 from compress.errors import PassError, RefusedError
 from compress.families import base
-from compress.model import LatentDiffusion, load
+from compress.model.latent_diffusion import LatentDiffusion, load
+from compress.model.tokenizers import portable
 from compress.passes.base import PassContext
 from compress.passes.cache import Cache
 from compress.sampler import compile_sampler
-from compress.tokenizers import portable
 from export.runtime import LatentSpec, Runtime
 from export.step_plan import Segment, StepPlan
 from tests import tiny

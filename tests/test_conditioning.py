@@ -16,9 +16,9 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import T5Config, T5EncoderModel
 
-from compress import model as models
 from compress.errors import RefusedError
-from compress.tokenizers import portable, save_tokenizer
+from compress.model import latent_diffusion as models
+from compress.model.tokenizers import portable, save_tokenizer
 from export.conditioning import PromptError, encode, unconditional
 from export.tokenizer import Tokenizer, TokenizerError
 from tests import tiny

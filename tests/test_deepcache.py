@@ -15,11 +15,11 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from compress.families import FAMILIES
-from compress.model import load
+from compress.model.latent_diffusion import load
+from compress.model.tokenizers import portable
 from compress.passes.base import PassContext
 from compress.passes.cache import Cache
 from compress.sampler import compile_sampler
-from compress.tokenizers import portable
 from export.runtime import LatentSpec, Runtime
 from export.step_plan import Segment
 from tests import tiny

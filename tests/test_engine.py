@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 
+from compress.engine.export_engine import export_engine
+from compress.engine.swap import swap_in, temporary_beside
 from compress.errors import PassError, RefusedError
-from compress.export_engine import export_engine
-from compress.model import LatentDiffusion
+from compress.model.latent_diffusion import LatentDiffusion
 from compress.store import Store
-from compress.swap import swap_in, temporary_beside
 from export.backends import available
 from export.engine import Engine, EngineError, relative_error
 from export.manifest import FILE, Manifest, sha256_of
@@ -343,7 +343,7 @@ def test_a_finished_folder_takes_the_place_of_another(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_plan_is_our_fault(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    from compress.model import load
+    from compress.model.latent_diffusion import load
 
     with pytest.raises(PassError, match="no step plan"):
         export_engine(load(tiny_folder("unet")), list(TARGETS.values()), toy.SHAPES, tmp_path / "engine")

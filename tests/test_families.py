@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from compress.errors import RefusedError
 from compress.families import FAMILIES, DenoiserSegment, Family, base
-from compress.model import load
+from compress.model.latent_diffusion import load
 from export.step_plan import Segment, Slot, Step, StepPlan
 from tests import tiny
 
@@ -223,10 +223,16 @@ def test_sensitive_layers_are_the_thin_ends(name: str) -> None:
     """Every entry is a linear or convolution layer; attention and feed-forward layers of blocks are not among them."""
     family, denoiser = make(name)
     layers = {path for path, module in denoiser.named_modules() if type(module).__name__ in ("Linear", "Conv2d")}
-    sensitive = set(family.sensitive(denoiser))
+    sensitive, modulation = set(family.sensitive(denoiser)), set(family.modulation(denoiser))
     assert sensitive
-    assert sensitive < layers
-    assert not [path for path in sensitive if ".attn" in path or ".ff" in path or ".conv1" in path or ".conv2" in path]
+    assert modulation
+    assert not sensitive & modulation
+    assert sensitive | modulation < layers
+    assert not [
+        path
+        for path in sensitive | modulation
+        if ".attn" in path or ".ff" in path or ".conv1" in path or ".conv2" in path
+    ]
 
 
 @pytest.mark.parametrize(

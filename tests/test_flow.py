@@ -16,8 +16,8 @@ import pytest
 
 from compress import compiler
 from compress.errors import GateError, RefusedError
-from compress.recipe import Recipe
-from compress.report import Report
+from compress.recipe.schema import Recipe
+from compress.report.report import Report
 from export.engine import Engine
 from export.manifest import read_manifest
 

@@ -80,6 +80,11 @@ def own_imports(path: Path) -> set[str]:
     return {name for name in imports(path) if name in modules} - {module_name(path)}
 
 
+def room_of(module: str) -> str:
+    """Name the folder of a floor, or the file directly in it, that a module belongs to."""
+    return ".".join(module.split(".")[:2])
+
+
 def ids(paths: list[Path]) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in paths]
 
@@ -104,6 +109,22 @@ def test_no_file_imports_itself_in_a_circle() -> None:
 
     for module in graph:
         walk(module, ())
+
+
+def test_no_folder_of_a_floor_imports_itself_in_a_circle() -> None:
+    """A file that lies directly in a floor stands for itself; a folder stands for all its files."""
+    graph: dict[str, set[str]] = {}
+    for path in PACKAGED:
+        room, others = room_of(module_name(path)), {room_of(name) for name in own_imports(path)}
+        graph.setdefault(room, set()).update(others - {room})
+
+    def walk(room: str, trail: tuple[str, ...]) -> None:
+        assert room not in trail, f"a circle: {' -> '.join((*trail[trail.index(room) :], room))}"
+        for name in sorted(graph.get(room, ())):
+            walk(name, (*trail, room))
+
+    for room in graph:
+        walk(room, ())
 
 
 def test_what_runs_an_engine_needs_no_training_framework() -> None:

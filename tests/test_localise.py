@@ -14,9 +14,17 @@ import torch
 from torch import nn
 
 from compress.errors import PassError
-from compress.localise import THRESHOLD_DB, Recorder, Shadow, compare_layers, compare_parts, handovers, worst_stage
-from compress.measure import Workload, generate, runtime
-from compress.model import LatentDiffusion, load
+from compress.measure.localise import (
+    THRESHOLD_DB,
+    Recorder,
+    Shadow,
+    compare_layers,
+    compare_parts,
+    handovers,
+    worst_stage,
+)
+from compress.measure.quality import Workload, generate
+from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.prompts import Prompt
 from compress.sampler import compile_sampler
 from export.quant_plan import Affine, LayerQuant, QuantPlan
@@ -53,7 +61,7 @@ def recorded(original: Callable[[str], LatentDiffusion]) -> Callable[[str], Reco
 
     @functools.cache
     def record(family: str) -> Recorder:
-        stage = runtime(original(family))
+        stage = original(family).runtime()
         recorder = Recorder(stage.functions, limit=2)
         generate(stage.altered(functions=recorder.functions), WORK, "original")
         return recorder
@@ -251,8 +259,8 @@ def test_hooks_are_gone_afterwards_even_after_an_error() -> None:
 
 def test_a_shadow_names_the_graph_that_differs(original: Callable[[str], LatentDiffusion]) -> None:
     """The VAE decoder of the candidate is off by one percent, everything else equal."""
-    stage = runtime(original("unet"))
-    candidate = dict(runtime(original("unet").clone()).functions)
+    stage = original("unet").runtime()
+    candidate = dict(original("unet").clone().runtime().functions)
     decode = candidate["vae_decoder"]
     candidate["vae_decoder"] = lambda arrays: {name: 1.01 * value for name, value in decode(arrays).items()}
     shadow = Shadow(stage.functions, candidate)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from compress.errors import PassError
-from compress.localise import Recorder, Shadow
-from compress.localise_graph import compare_graph, quantized_outputs
-from compress.measure import runtime
-from compress.model import LatentDiffusion
+from compress.measure.localise import Recorder, Shadow
+from compress.measure.localise_graph import compare_graph, quantized_outputs
+from compress.model.latent_diffusion import LatentDiffusion
 from export.engine import Engine
 from export.manifest import read_manifest
 from export.quant_plan import QuantPlan
@@ -46,7 +45,7 @@ def built(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
 
 def recorded(model: LatentDiffusion, conv_outputs: bool) -> Recorder:
-    stage = runtime(model, True, conv_outputs)
+    stage = model.runtime(True, conv_outputs)
     recorder = Recorder(stage.functions, limit=2)
     stage.altered(functions=recorder.functions).sample(["a red circle"], [0], SIDE, SIDE)
     return recorder
@@ -87,7 +86,7 @@ def test_a_healthy_graph_agrees_at_every_layer(built: Built, target: str) -> Non
 
 def test_a_shadow_run_names_the_segment_first(built: Built) -> None:
     model, folder = built(True)
-    stage = runtime(model, True, False)
+    stage = model.runtime(True, False)
     shadow = Shadow(stage.functions, Engine.open(folder, "openvino-cpu", 1).runtime.functions)
     stage.altered(functions=shadow.functions).sample(["a red circle"], [0], SIDE, SIDE)
     assert shadow.outputs[0].name.partition(":")[0] == SEGMENT

@@ -194,7 +194,7 @@ def test_the_recipe_that_is_mutated_is_sound(
 def test_a_recipe_with_random_damage(seed: int, workplace: Path, refused: Refused) -> None:
     """Bytes are dropped, doubled or replaced until the recipe is no longer read as it was."""
     from compress.errors import RecipeError
-    from compress.recipe import Recipe
+    from compress.recipe.schema import Recipe
 
     (workplace / "recipe.yaml").write_bytes(RECIPE)
     sound = Recipe.load(workplace / "recipe.yaml")

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress import memory
-from compress.baselines import ORIGINAL, Task, baselines, contest, fewer_steps_quality, plan_with_steps
 from compress.errors import PassError
-from compress.latency import Contestant, Timing, interleave
-from compress.measure import (
+from compress.measure import memory
+from compress.measure.baselines import ORIGINAL, Task, baselines, contest, fewer_steps_quality, plan_with_steps
+from compress.measure.latency import Contestant, Timing, interleave
+from compress.measure.original import PipelineCall, open_pipeline
+from compress.measure.quality import (
     Judge,
     Stage,
     Workload,
@@ -26,19 +27,17 @@ from compress.measure import (
     check_changed,
     generate,
     planned_metrics,
-    runtime,
     step_errors,
     trace,
 )
-from compress.model import LatentDiffusion, load
-from compress.original import PipelineCall, open_pipeline
+from compress.measure.scorer import Scorer
+from compress.measure.size import original_size
+from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.passes.base import PassContext
 from compress.passes.cache import Cache
 from compress.prompts import Prompt
-from compress.report import Plan
+from compress.report.report import Plan
 from compress.sampler import compile_sampler
-from compress.scorer import Scorer
-from compress.size import original_size
 from export.step_plan import Segment
 from tests.test_scorer import write_scorer
 
@@ -89,7 +88,7 @@ def workload(batch: int = 16) -> Workload:
 
 @pytest.mark.parametrize("family", ["unet", "sd3"])
 def test_a_stage_does_not_depend_on_the_batch(sampled: Sampled, family: str) -> None:
-    stage = runtime(sampled(family))
+    stage = sampled(family).runtime()
     calls: list[tuple[str, int, int]] = []
     whole = generate(stage, workload(), "original", lambda *call: calls.append(call))
     parts = generate(stage, workload(batch=2), "original")
@@ -100,7 +99,7 @@ def test_a_stage_does_not_depend_on_the_batch(sampled: Sampled, family: str) -> 
 
 
 def test_a_stage_survives_the_disk(sampled: Sampled, tmp_path: Path) -> None:
-    stage = generate(runtime(sampled()), workload().first(2), "original")
+    stage = generate(sampled().runtime(), workload().first(2), "original")
     stage.save(tmp_path / "stage.npz")
     again = Stage.load(tmp_path / "stage.npz")
     np.testing.assert_array_equal(again.latents, stage.latents)
@@ -112,12 +111,12 @@ def test_not_a_number_is_an_error(sampled: Sampled) -> None:
     with torch.no_grad():
         model.denoiser.conv_out.bias[0] = float("nan")
     with pytest.raises(PassError, match="'compressed' gives latents that are not finite"):
-        generate(runtime(model), workload(), "compressed")
+        generate(model.runtime(), workload(), "compressed")
     model = sampled()
     with torch.no_grad():
         model.vae.decoder.conv_out.bias[0] = float("inf")
     with pytest.raises(PassError, match="VAE decoder of the stage 'compressed'"):
-        generate(runtime(model), workload(), "compressed")
+        generate(model.runtime(), workload(), "compressed")
 
 
 def test_a_flat_picture_is_an_error(sampled: Sampled) -> None:
@@ -125,20 +124,20 @@ def test_a_flat_picture_is_an_error(sampled: Sampled) -> None:
     with torch.no_grad():
         model.vae.decoder.conv_out.weight.zero_()
     with pytest.raises(PassError, match="one flat colour for the prompt 'a red circle'"):
-        generate(runtime(model), workload(), "compressed")
-    assert len(generate(runtime(model), workload(), "2 steps", allow_flat=True)) == 5
+        generate(model.runtime(), workload(), "compressed")
+    assert len(generate(model.runtime(), workload(), "2 steps", allow_flat=True)) == 5
 
 
 def test_a_change_that_changed_nothing_is_an_error(sampled: Sampled) -> None:
     model = sampled()
-    before = generate(runtime(model), workload(), "original")
+    before = generate(model.runtime(), workload(), "original")
     with pytest.raises(PassError, match="quantize changed no latent"):
-        check_changed(before, generate(runtime(model.clone()), workload(), "after"), "quantize")
-    check_changed(before, generate(runtime(cached(model)), workload(), "after"), "cache")
+        check_changed(before, generate(model.clone().runtime(), workload(), "after"), "quantize")
+    check_changed(before, generate(cached(model).runtime(), workload(), "after"), "cache")
 
 
 def test_a_trace_is_the_run_itself(sampled: Sampled) -> None:
-    stage = runtime(sampled())
+    stage = sampled().runtime()
     found = trace(stage, workload())
     assert found.latents.shape == found.outputs.shape == (6, 5, 4, SIDE // 2, SIDE // 2)
     np.testing.assert_array_equal(found.latents[-1], generate(stage, workload(), "original").latents)
@@ -146,7 +145,7 @@ def test_a_trace_is_the_run_itself(sampled: Sampled) -> None:
 
 @pytest.mark.parametrize("family", ["unet", "sd3"])
 def test_forced_by_itself_a_run_has_no_error(sampled: Sampled, family: str) -> None:
-    stage = runtime(sampled(family))
+    stage = sampled(family).runtime()
     free = trace(stage, workload())
     forced = trace(stage, workload(), given=free)
     np.testing.assert_array_equal(forced.latents, free.latents)
@@ -163,8 +162,8 @@ def test_errors_of_a_cached_model_begin_with_the_first_shallow_call(sampled: Sam
     assert changed.step_plan is not None
     paths = [step.path for step in changed.step_plan.steps]
     assert paths == ["full", "shallow", "shallow"] * 2
-    reference = trace(runtime(model), workload())
-    stage = runtime(changed)
+    reference = trace(model.runtime(), workload())
+    stage = changed.runtime()
     curve = step_errors("compressed", reference, trace(stage, workload()), trace(stage, workload(), given=reference))
     for path, error in zip(paths, curve.one_step, strict=True):
         assert error < 1e-6 if path == "full" else error > 1e-4
@@ -175,15 +174,15 @@ def test_errors_of_a_cached_model_begin_with_the_first_shallow_call(sampled: Sam
 
 def test_traces_of_different_length_are_refused(sampled: Sampled) -> None:
     model, longer = sampled(), sampled(steps=7)
-    one, other = (trace(runtime(each), workload().first(1)) for each in (model, longer))
+    one, other = (trace(each.runtime(), workload().first(1)) for each in (model, longer))
     with pytest.raises(PassError, match="another number of times"):
         step_errors("compressed", one, other, other)
 
 
 def test_quality_against_the_original_and_by_the_scorer(sampled: Sampled, tmp_path: Path) -> None:
     model = sampled()
-    original = generate(runtime(model), workload(), "original")
-    stage = generate(runtime(cached(model)), workload(), "compressed")
+    original = generate(model.runtime(), workload(), "original")
+    stage = generate(cached(model).runtime(), workload(), "compressed")
     judge = Judge(PROMPTS, Scorer(write_scorer(tmp_path, lambda raw: raw.update(image_size=[8, 8]))))
     judged = judge.quality(original)
     assert set(judged.estimates) == {"attribute_accuracy"}
@@ -268,7 +267,7 @@ def test_contest_finds_the_steps_of_equal_latency(sampled: Sampled, tmp_path: Pa
     assert model.step_plan is not None
     call = PipelineCall.of(model.step_plan, model.conditioning, SIDE, SIDE)
     assert call.scheduler == "DDIMScheduler"
-    engine = runtime(changed)
+    engine = changed.runtime()
     found = contest(
         Task("a red circle", SIDE, SIDE),
         threads=1,
@@ -277,7 +276,7 @@ def test_contest_finds_the_steps_of_equal_latency(sampled: Sampled, tmp_path: Pa
         engines=["openvino-cpu"],
         open_engine=lambda target, threads: engine,
         plain=["openvino-cpu"],
-        open_plain=lambda target, threads: runtime(model),
+        open_plain=lambda target, threads: model.runtime(),
         plan_with=lambda steps: plan_with_steps(model, steps),
         rounds=3,
     )
@@ -287,11 +286,11 @@ def test_contest_finds_the_steps_of_equal_latency(sampled: Sampled, tmp_path: Pa
     assert all(1 <= steps < 8 for steps in found.equal_steps.values())
     assert all(row.median == found.timings[row.name].median > 0 for row in found.rows)
 
-    original = generate(runtime(model), workload(), "original")
+    original = generate(model.runtime(), workload(), "original")
     judge = Judge(PROMPTS)
     fewer = fewer_steps_quality(
         found.equal_steps,
-        runtime(model),
+        model.runtime(),
         lambda steps: plan_with_steps(model, steps),
         workload(),
         judge,
@@ -305,7 +304,7 @@ def test_contest_finds_the_steps_of_equal_latency(sampled: Sampled, tmp_path: Pa
 
 
 def test_steps_of_equal_latency_lie_on_a_line() -> None:
-    from compress.baselines import _equal_steps
+    from compress.measure.baselines import _equal_steps
 
     assert _equal_steps(goal=60.0, steps=20, whole=210.0, few=5, short=60.0) == 5
     assert _equal_steps(goal=69.9, steps=20, whole=210.0, few=5, short=60.0) == 5

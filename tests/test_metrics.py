@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from compress import metrics
+from compress.measure import metrics
 
 
 def pictures(n: int, height: int, width: int, seed: int) -> np.ndarray:

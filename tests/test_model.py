@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from compress.errors import RefusedError
-from compress.model import STATE_FILE, LatentDiffusion, load
+from compress.model.latent_diffusion import STATE_FILE, LatentDiffusion, load
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 from tests import tiny
 

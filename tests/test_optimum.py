@@ -61,7 +61,7 @@ def optimum_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_optimum_draws_the_same_pictures(
     optimum_python: Path, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from compress.model import load
+    from compress.model.latent_diffusion import load
 
     toy.build(toy.sampled(load(tiny_folder("unet"))), tmp_path / "engine")
     engine = Engine.open(tmp_path / "engine", "onnxruntime-cpu", threads=1)

@@ -13,10 +13,10 @@ import onnx
 import pytest
 import torch
 
-from compress.fake_quantize import fake_quantized
-from compress.model import LatentDiffusion, load
+from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.passes.base import PassContext
 from compress.passes.quantize import Quantize
+from compress.quantization.fake_quantize import fake_quantized
 from compress.sampler import compile_sampler
 from export.backends import backend
 from export.qdq import LoweringError, lower, require_all

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from compress import calibrate
-from compress.brevitas_layers import calibrated_grids, set_grids, weight_scales, with_brevitas_layers
 from compress.errors import PassError, RecipeError, RefusedError
-from compress.fake_quantize import fake_quantized, round_to
-from compress.measure import runtime
-from compress.model import LatentDiffusion, load
-from compress.observers import HALF, Histogram
+from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.passes.base import Edit, PassContext
 from compress.passes.quantize import LayerRule, Quantize
+from compress.quantization.brevitas_layers import calibrated_grids, set_grids, weight_scales, with_brevitas_layers
+from compress.quantization.fake_quantize import fake_quantized, round_to
+from compress.quantization.observers import HALF, Histogram
 from compress.sampler import compile_sampler
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 from export.step_plan import Segment
@@ -90,6 +89,7 @@ def test_every_layer_is_quantized_or_skipped_with_a_reason(
     denoiser = copy.quant_plans["denoiser"]
     assert set(denoiser.skipped) == set(model.family.sensitive(model.denoiser))
     assert len(denoiser.layers) > len(denoiser.skipped)
+    assert set(denoiser.layers) - denoiser.integer_layers == set(model.family.modulation(model.denoiser))
     assert copy.quant_plans["vae_encoder"].integer_layers == set()
     assert len(copy.quant_plans["vae_decoder"].integer_layers) > 10
     bytes_before, bytes_after = (sum(getattr(edit, key) for edit in edits) for key in ("bytes_before", "bytes_after"))
@@ -99,7 +99,7 @@ def test_every_layer_is_quantized_or_skipped_with_a_reason(
     assert 0.25 < bytes_after / bytes_before < 0.45
 
     conditioning = CLASSES if family == "dit" else PROMPTS
-    exact, simulated = (runtime(of, simulate=True).sample(conditioning, [5, 6], SIZE, SIZE) for of in (model, copy))
+    exact, simulated = (of.runtime(simulate=True).sample(conditioning, [5, 6], SIZE, SIZE) for of in (model, copy))
     assert 15 < sqnr(exact, simulated) < 80
 
 
@@ -111,7 +111,7 @@ def test_calibration_sees_every_network_call_and_both_halves(models: Callable[[s
         {"denoiser": ["conv_in"], "vae_decoder": ["decoder.conv_in"], "text_encoder": ["final_layer_norm"]},
         lambda part, name, layer, x, y: rows.update({part: x.shape[0]}),
     ):
-        calibrate.run(runtime(model, simulate=False), context(model), "test")
+        calibrate.run(model.runtime(simulate=False), context(model), "test")
     assert rows["denoiser"] == 2 * len(PROMPTS) * model.step_plan.network_calls  # type: ignore[union-attr]
     assert rows["vae_decoder"] == len(PROMPTS)
     assert rows["text_encoder"] >= 2 * len(PROMPTS)
@@ -209,7 +209,7 @@ def test_bias_correction_removes_the_mean_error(models: Callable[[str], LatentDi
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         watching = calibrate.watching(model, {"denoiser": [name]}, lambda *call, seen=seen: seen.append(call[-2:]))
         with watching:
-            calibrate.run(runtime(model, simulate=False), context(model), "test")
+            calibrate.run(model.runtime(simulate=False), context(model), "test")
         layer = torch.nn.Sequential(copy.denoiser.get_submodule(name))
         simulated = fake_quantized(layer, QuantPlan({"0": copy.quant_plans["denoiser"].layers[name]}))
         with torch.no_grad():

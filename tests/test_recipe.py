@@ -9,8 +9,8 @@ import pytest
 
 from compress.errors import RecipeError
 from compress.passes import PASSES
-from compress.recipe import Range, Recipe
-from compress.recipe_reader import pass_fields
+from compress.recipe.reader import pass_fields
+from compress.recipe.schema import Range, Recipe
 
 TEXT = """\
 schema_version: 1

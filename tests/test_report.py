@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress import plots
-from compress.environment import environment, ran
 from compress.errors import PassError, RecipeError
-from compress.metrics import Estimate
-from compress.report import (
+from compress.measure.environment import environment, ran
+from compress.measure.metrics import Estimate
+from compress.measure.verdict import Findings, check_speed, refuse_gates, rows, verdict
+from compress.report import plots
+from compress.report.html import DIFFERENCE_GAIN, Pictures, data_uri, difference_map, render
+from compress.report.report import (
     Baseline,
     Curve,
     Handover,
@@ -31,8 +33,6 @@ from compress.report import (
     latency_table,
     table,
 )
-from compress.report_html import DIFFERENCE_GAIN, Pictures, data_uri, difference_map, render
-from compress.verdict import Findings, check_speed, refuse_gates, rows, verdict
 
 GATES = {
     "attribute_accuracy": {"max_loss": 0.01},

@@ -17,9 +17,9 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableD
 from diffusers.image_processor import VaeImageProcessor
 
 import export.loop
-from compress import model as models
+from compress.model import latent_diffusion as models
+from compress.model.tokenizers import portable
 from compress.sampler import compile_sampler
-from compress.tokenizers import portable
 from export.noise import INITIAL, noise
 from export.picture import from_pictures, to_pictures
 from export.runtime import LatentSpec, Runtime, RuntimeInputError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compress.errors import RecipeError
-from compress.scheme import SCHEMES, scheme
+from compress.quantization.scheme import SCHEMES, scheme
 from export.quant_plan import Affine, LayerQuant, QuantPlan, QuantPlanError
 from export.target import TARGETS
 

@@ -13,9 +13,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.clip_score import ClipScorer
 from compress.errors import RefusedError
-from compress.scorer import Scorer
+from compress.measure.clip_score import ClipScorer
+from compress.measure.scorer import Scorer
 
 HEADS = {"colour": ["red", "green", "blue"], "level": ["dark", "bright"]}
 

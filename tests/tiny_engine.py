@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.export_engine import export_engine
-from compress.model import LatentDiffusion, load
+from compress.engine.export_engine import export_engine
+from compress.model.latent_diffusion import LatentDiffusion, load
+from compress.model.tokenizers import portable
 from compress.sampler import compile_sampler
 from compress.store import Store
-from compress.tokenizers import portable
 from export.manifest import Manifest
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 from export.runtime import LatentSpec, Runtime

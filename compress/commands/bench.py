@@ -59,8 +59,8 @@ def _race(
     arguments: argparse.Namespace, terminal: Terminal, names: list[str], model: Path, threads: int
 ) -> list[dict[str, Any]]:
     """Time the original and every target in turns."""
-    from compress.latency import Contestant, interleave, torch_threads
-    from compress.original import PipelineCall, open_pipeline
+    from compress.measure.latency import Contestant, interleave, torch_threads
+    from compress.measure.original import PipelineCall, open_pipeline
     from export.engine import Engine
 
     engines = {name: Engine.open(arguments.engine, target=name, threads=threads) for name in names}
@@ -95,7 +95,7 @@ def _original(arguments: argparse.Namespace) -> Path:
     if arguments.model is not None:
         model = Path(arguments.model)
     else:
-        from compress import yaml_lines
+        from compress.recipe import yaml_lines
 
         recipe = arguments.engine / "recipe.yaml"
         said = yaml_lines.read(recipe)[0] if recipe.is_file() else None

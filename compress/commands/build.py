@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     """Build an engine, or with --dry-run only plan it."""
     from compress.errors import RecipeError
-    from compress.recipe import Recipe
+    from compress.recipe.schema import Recipe
     from compress.store import cache_folder
 
     out = [f"out={arguments.out}"] if arguments.out is not None else []

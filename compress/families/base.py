@@ -105,7 +105,9 @@ class Family(ABC):
         part: its folder in a pipeline.
         conditioning: the tensors given from outside, the latent first.
         output: the network output, with as many channels as the latent.
-        float_layers: patterns of the paths of layers that stay in float unless asked otherwise.
+        float_layers: patterns of the paths of the first and last layers: cheap, and their error is everywhere.
+        modulation_layers: patterns of the paths of the linear layers that read one vector per picture (time embedding,
+            adaptive norms): they cost the bytes of their weights, not arithmetic, and their error is everywhere.
     """
 
     name: ClassVar[str]
@@ -114,6 +116,7 @@ class Family(ABC):
     conditioning: ClassVar[tuple[str, ...]]
     output: ClassVar[str]
     float_layers: ClassVar[tuple[str, ...]]
+    modulation_layers: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def check(self, denoiser: Network) -> None:
@@ -158,13 +161,12 @@ class Family(ABC):
         return int(denoiser.config.sample_size)
 
     def sensitive(self, denoiser: Network) -> list[str]:
-        """The linear and convolution layers that stay in float by default: cheap, and their error is everywhere."""
-        pattern = re.compile("|".join(self.float_layers))
-        return [
-            path
-            for path, module in denoiser.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and pattern.search(path)
-        ]
+        """The linear and convolution layers among `float_layers`."""
+        return _layers(denoiser, self.float_layers)
+
+    def modulation(self, denoiser: Network) -> list[str]:
+        """The linear layers among `modulation_layers`."""
+        return _layers(denoiser, self.modulation_layers)
 
     def cuts(self, denoiser: Network) -> list[CutInfo]:
         """Every place where the denoiser can be cut."""
@@ -271,3 +273,13 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 """What FlopCounterMode does not know of."""
+
+
+def _layers(denoiser: Network, patterns: Sequence[str]) -> list[str]:
+    """The paths of the linear and convolution layers that match one of the patterns."""
+    pattern = re.compile("|".join(patterns))
+    return [
+        path
+        for path, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and pattern.search(path)
+    ]

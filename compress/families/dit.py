@@ -22,7 +22,8 @@ class DiT(BlockTransformer):
     denoiser_class = "DiTTransformer2DModel"
     conditioning = ("hidden_states", "timestep", "class_labels")
     ends = ("pos_embed", "transformer_blocks.0.norm1.emb", "proj_out_1", "proj_out_2")
-    float_layers = (r"^pos_embed\.", r"\.norm1\.", r"^proj_out_[12]$")
+    float_layers = (r"^pos_embed\.", r"^proj_out_2$")
+    modulation_layers = (r"\.norm1\.", r"^proj_out_1$")
 
     @override
     def check(self, denoiser: Network) -> None:

@@ -24,7 +24,8 @@ class PixArt(BlockTransformer):
     denoiser_class = "PixArtTransformer2DModel"
     conditioning = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
     ends = ("pos_embed", "adaln_single", "caption_projection", "scale_shift_table", "proj_out")
-    float_layers = (r"^pos_embed\.", r"^adaln_single\.", r"^caption_projection\.", r"^proj_out$")
+    float_layers = (r"^pos_embed\.", r"^caption_projection\.", r"^proj_out$")
+    modulation_layers = (r"^adaln_single\.",)
 
     @override
     def check(self, denoiser: Network) -> None:

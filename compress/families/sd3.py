@@ -19,14 +19,8 @@ class SD3(BlockTransformer):
     denoiser_class = "SD3Transformer2DModel"
     conditioning = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections")
     ends = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
-    float_layers = (
-        r"^pos_embed\.",
-        r"^time_text_embed\.",
-        r"^context_embedder$",
-        r"\.norm1(_context)?\.linear$",
-        r"^norm_out\.",
-        r"^proj_out$",
-    )
+    float_layers = (r"^pos_embed\.", r"^context_embedder$", r"^proj_out$")
+    modulation_layers = (r"^time_text_embed\.", r"\.norm1(_context)?\.linear$", r"^norm_out\.")
 
     @override
     def check(self, denoiser: Network) -> None:

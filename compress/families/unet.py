@@ -86,7 +86,8 @@ class UNet(Family):
     part = "unet"
     conditioning = ("sample", "timestep", "encoder_hidden_states")
     output = "out_sample"
-    float_layers = (r"^conv_in$", r"^conv_out$", r"^time_embedding\.", r"^add_embedding\.", r"time_emb_proj$")
+    float_layers = (r"^conv_in$", r"^conv_out$")
+    modulation_layers = (r"^time_embedding\.", r"^add_embedding\.", r"time_emb_proj$")
 
     @override
     def check(self, denoiser: Network) -> None:

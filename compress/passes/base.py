@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from compress.progress import Progress, silent
+
 if TYPE_CHECKING:
-    from compress.model import LatentDiffusion
+    from compress.model.latent_diffusion import LatentDiffusion
     from export.target import Target
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, units done, units in all)."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Report progress to nobody."""
 
 
 @dataclass(frozen=True)

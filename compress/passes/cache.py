@@ -14,7 +14,7 @@ from compress.passes.base import Edit, Pass, PassContext
 from export.step_plan import Segment, Step, StepPlan, StepPlanError
 
 if TYPE_CHECKING:
-    from compress.model import LatentDiffusion
+    from compress.model.latent_diffusion import LatentDiffusion
     from export.target import Target
 
 Method = Literal["deepcache"]

@@ -14,12 +14,12 @@ from typing_extensions import override
 from compress.errors import PassError, RecipeError, RefusedError
 from compress.nearest import unknown
 from compress.passes.base import Edit, Pass, PassContext
-from compress.scheme import Scheme, scheme
+from compress.quantization.scheme import Scheme, scheme
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from compress.model import LatentDiffusion
+    from compress.model.latent_diffusion import LatentDiffusion
     from export.quant_plan import LayerQuant, QuantPlan, Storage
     from export.target import Target
 
@@ -59,8 +59,9 @@ class Quantize(Pass):
         scheme: of every part but the VAE encoder, whose weights are only stored in 8 bits: text to image never runs it.
         parts: other schemes for some parts.
         layers: other schemes for some layers; the last rule that matches wins.
-        sensitive: the scheme of the few cheap layers whose error is everywhere (first and last layer, time
-            embedding, adaptive norms).
+        sensitive: the scheme of the few cheap layers whose error is everywhere (first and last).
+        modulation: the scheme of the layers that read one vector per picture (time embedding, adaptive norms); their
+            speed is that of reading their weights, and their error is everywhere.
         observer: how activation ranges are chosen; `average` is Brevitas' own calibration.
         bias_correction: add each layer's mean error to its bias.
     """
@@ -74,6 +75,7 @@ class Quantize(Pass):
     parts: dict[str, str] | None = None
     layers: tuple[LayerRule, ...] = ()
     sensitive: str = "none"
+    modulation: str = "int8-w8a32"
     observer: Literal["minmax", "percentile", "mse", "average"] = "mse"
     bias_correction: bool = True
 
@@ -84,7 +86,7 @@ class Quantize(Pass):
             RecipeError: a number format that is unknown or not one for layers; the message begins with the field.
         """
         for_layers = {f"layers.{i}.scheme": rule.scheme for i, rule in enumerate(self.layers)}
-        for_layers["sensitive"] = self.sensitive
+        for_layers |= {"sensitive": self.sensitive, "modulation": self.modulation}
         for_parts = {"scheme": self.scheme} | {f"parts.{part}": name for part, name in (self.parts or {}).items()}
         for field, name in (for_parts | for_layers).items():
             try:
@@ -118,15 +120,15 @@ class Quantize(Pass):
 
     def _plan_part(self, model: LatentDiffusion, part: str, component: nn.Module, matched: set[int]) -> list[Edit]:
         default = self._part_scheme(part)
-        sensitive = _sensitive(model, part, component)
+        special = self._special(model, part, component)
         own = _OWN.get(part, "")
         layers = {name: layer for name, layer in _layers(component).items() if re.search(own, name)}
         width = scheme(_storage(default)).weight_bytes
         edits = []
         for name, layer in layers.items():
             chosen, reason = default, f"{part} is {default.name}"
-            if default.is_quantized and name in sensitive:
-                chosen, reason = scheme(self.sensitive), "sensitive: cheap, and its error is everywhere"
+            if default.is_quantized and name in special:
+                chosen, reason = special[name]
             for i, rule in enumerate(self.layers):
                 if fnmatch.fnmatchcase(f"{part}.{name}", rule.match):
                     chosen, reason = scheme(rule.scheme), f"layers[{i}] matches {rule.match!r}"
@@ -142,6 +144,19 @@ class Quantize(Pass):
         halved = sum(p.numel() for p in rest if p.ndim > 1 and width < 4)
         action = f"{STORE}{_storage(default)}"
         return [*edits, Edit(self.name, part, action, before, before - 2 * halved, "norms, biases, embeddings")]
+
+    def _special(self, model: LatentDiffusion, part: str, component: nn.Module) -> dict[str, tuple[Scheme, str]]:
+        """Layer -> the scheme it gets whatever its part gets, and why."""
+        if part == "denoiser":
+            sensitive, modulation = model.family.sensitive(component), model.family.modulation(component)
+        else:
+            pattern = _SENSITIVE.get(part)
+            sensitive = [] if pattern is None else [name for name in _layers(component) if re.search(pattern, name)]
+            modulation = []
+        return {
+            **dict.fromkeys(sensitive, (scheme(self.sensitive), "sensitive: cheap, and its error is everywhere")),
+            **dict.fromkeys(modulation, (scheme(self.modulation), "modulation: one vector per picture")),
+        }
 
     @override
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
@@ -194,7 +209,7 @@ class Quantize(Pass):
 
     def _check_layer(self, name: str, layer: nn.Module, quant: LayerQuant) -> None:
         """Rounding a weight to its scales must not cost more than 8 bits do."""
-        from compress.fake_quantize import rounded_weight
+        from compress.quantization.fake_quantize import rounded_weight
 
         weight = layer.weight.detach()  # type: ignore[operator]
         error = (rounded_weight(weight, quant) - weight).abs().flatten(1).amax(1)
@@ -224,12 +239,6 @@ def _layers(component: nn.Module) -> dict[str, nn.Module]:
     from torch import nn
 
     return {name: layer for name, layer in component.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-
-
-def _sensitive(model: LatentDiffusion, part: str, component: nn.Module) -> set[str]:
-    if part == "denoiser":
-        return set(model.family.sensitive(component))
-    return {name for name in _layers(component) if part in _SENSITIVE and re.search(_SENSITIVE[part], name)}
 
 
 def _storage(default: Scheme) -> Storage:

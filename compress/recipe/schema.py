@@ -18,13 +18,13 @@ from pydantic import (
     model_validator,
 )
 
-from compress import yaml_lines
 from compress.errors import RecipeError
 from compress.nearest import shown, unknown
 from compress.passes.base import Pass
-from compress.recipe_reader import CONFIG, Places, kind, override, pass_fields, read_passes, validate
-from compress.vocabulary import scheduler_names, target_names
-from compress.yaml_lines import KeyPath
+from compress.recipe import yaml_lines
+from compress.recipe.reader import CONFIG, Places, kind, override, pass_fields, read_passes, validate
+from compress.recipe.vocabulary import scheduler_names, target_names
+from compress.recipe.yaml_lines import KeyPath
 
 
 class Range(NamedTuple):

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.errors import PassError
-from compress.metrics import DB_CAP, latent_psnr_db, sqnr_db
-from compress.report import Handover, Layer
+from compress.measure.metrics import DB_CAP, latent_psnr_db, sqnr_db
+from compress.report.report import Handover, Layer
 from export.loop import PartFunction
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.model import LatentDiffusion
+    from compress.model.latent_diffusion import LatentDiffusion
 
 THRESHOLD_DB = 30.0
 """A layer whose output, given the same input, has less signal-to-noise than this is pointed out: int8 layers of a
@@ -140,7 +140,7 @@ def compare_parts(
     """
     import torch
 
-    from compress.fake_quantize import fake_quantized
+    from compress.quantization.fake_quantize import fake_quantized
 
     order = [*original.text_encoders, "denoiser", "vae_encoder", "vae_decoder"]
     layers: list[Layer] = []

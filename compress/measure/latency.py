@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.errors import PassError
-from compress.metrics import Estimate
-from compress.passes.base import Progress, silent
+from compress.measure.metrics import Estimate
+from compress.progress import Progress, silent
 
 PAUSE_S = 0.02
 """Rest before every run: threads that spin after their work (OpenMP, ONNX Runtime) go to sleep meanwhile."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.model import LatentDiffusion
+    from compress.model.latent_diffusion import LatentDiffusion
 
 PIPELINES = {"unet": "StableDiffusionPipeline", "sd3": "StableDiffusion3Pipeline"}
 """Families whose pipelines Optimum has -> the class named in model_index.json."""

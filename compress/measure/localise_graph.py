@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.errors import PassError
-from compress.localise import LayerErrors, Ratio
-from compress.report import Layer
+from compress.measure.localise import LayerErrors, Ratio
+from compress.report.report import Layer
 
 if TYPE_CHECKING:
     import onnx

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.errors import RefusedError
 from compress.families import Network
-from compress.loader import Components
+from compress.model.loader import Components
 
 _SHORTEST = 2  # start and end of text
 _LARGEST_ID = 2  # in CLIP configurations of old: the end of a text is where the token id is largest

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from compress.errors import PassError, RecipeError
-from compress.metrics import Estimate
-from compress.report import LABELS, Gate, Latency, Row, Verdict, shown, shown_gate, signed
+from compress.measure.metrics import Estimate
+from compress.report.report import LABELS, Gate, Latency, Row, Verdict, shown, shown_gate, signed
 
 
 class _Kind(NamedTuple):

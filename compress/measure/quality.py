@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compress import metrics
 from compress.errors import PassError
-from compress.metrics import Estimate
-from compress.passes.base import Progress, silent
+from compress.measure import metrics
+from compress.measure.metrics import Estimate
+from compress.progress import Progress, silent
 from compress.prompts import Prompt
 from export.loop import PartFunction
 from export.noise import INITIAL, noise
-from export.runtime import LatentSpec, Runtime
+from export.runtime import Runtime
 
 if TYPE_CHECKING:
-    from compress.clip_score import ClipScorer
-    from compress.model import LatentDiffusion
-    from compress.report import Curve
-    from compress.scorer import Scorer
+    from compress.measure.clip_score import ClipScorer
+    from compress.measure.scorer import Scorer
+    from compress.report.report import Curve
 
 
 @dataclass(frozen=True)
@@ -91,23 +90,6 @@ class Stage:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(arrays["latents"], arrays["images"])
-
-
-def runtime(model: LatentDiffusion, simulate: bool = True, conv_outputs: bool = True) -> Runtime:
-    """Bind a model's networks, in PyTorch, to its step plan.
-
-    Args:
-        model: with a step plan.
-        simulate: quantized parts compute with fake-quantized weights and activations.
-        conv_outputs: the outputs of convolutions, too; as `export.qdq.Dialect.conv_output` of the target.
-    """
-    from compress.tokenizers import portable
-
-    if model.step_plan is None:
-        raise PassError("the model has no step plan yet; compile its sampler first")
-    tokenizers = {name: portable(tokenizer) for name, tokenizer in model.tokenizers.items()}
-    functions = model.functions(simulate, conv_outputs)
-    return Runtime(model.step_plan, functions, model.conditioning, LatentSpec(**model.latent), tokenizers)
 
 
 def generate(
@@ -237,7 +219,7 @@ def step_errors(name: str, reference: Trace, free: Trace, forced: Trace) -> Curv
     Raises:
         PassError: the runs have different numbers of network calls.
     """
-    from compress.report import Curve
+    from compress.report.report import Curve
 
     if reference.latents.shape != free.latents.shape:
         raise PassError(f"the stage {name!r} calls the network another number of times than the original")

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress.checkpoint import read_json, refusing
-from compress.errors import RefusedError
+from compress.errors import PassError, RefusedError
 from compress.families import DenoiserSegment, Family, Network
-from compress.fitting import check_fit
-from compress.loader import Components, load_components, quiet
-from compress.parts import TEXT_ENCODERS, Part, T5Encoder, VaeDecoder, VaeEncoder
+from compress.model.checkpoint import read_json, refusing
+from compress.model.fitting import check_fit
+from compress.model.loader import Components, load_components, quiet
+from compress.model.parts import TEXT_ENCODERS, Part, T5Encoder, VaeDecoder, VaeEncoder
+from compress.model.tokenizers import portable
 from export.quant_plan import QuantPlan
+from export.runtime import LatentSpec, Runtime
 from export.step_plan import StepPlan
 
 SCHEMA_VERSION = 1
@@ -93,7 +95,7 @@ class LatentDiffusion:
         """Every network behind a fixed signature, over its own weights.
 
         They are `denoiser` (uncut), `vae_decoder`, `vae_encoder`, and the text encoders by their name in the folder;
-        each has `inputs`, `outputs`, `prefix` and `component` (see `compress.parts.Part`).
+        each has `inputs`, `outputs`, `prefix` and `component` (see `compress.model.parts.Part`).
         """
         return {"denoiser": self.family.segments(self.denoiser, None)[0][0].module, **self._surroundings()}
 
@@ -115,7 +117,7 @@ class LatentDiffusion:
         """
         denoiser, parts = self.denoiser, self._surroundings()
         for name, plan in self.quant_plans.items() if simulate else ():
-            from compress.fake_quantize import fake_quantized
+            from compress.quantization.fake_quantize import fake_quantized
 
             if name == "denoiser":
                 denoiser = fake_quantized(denoiser, plan, conv_outputs=conv_outputs)
@@ -124,6 +126,19 @@ class LatentDiffusion:
                 parts[name] = type(parts[name])(component)
         segments = self.family.segments(denoiser, self.cut)[0]
         return {segment.name: segment.module for segment in segments} | parts
+
+    def runtime(self, simulate: bool = True, conv_outputs: bool = True) -> Runtime:
+        """The networks, in PyTorch, bound to the step plan.
+
+        Args:
+            simulate: quantized parts compute with fake-quantized weights and activations.
+            conv_outputs: the outputs of convolutions, too; as `export.qdq.Dialect.conv_output` of the target.
+        """
+        if self.step_plan is None:
+            raise PassError("the model has no step plan yet; compile its sampler first")
+        tokenizers = {name: portable(tokenizer) for name, tokenizer in self.tokenizers.items()}
+        functions = self.functions(simulate, conv_outputs)
+        return Runtime(self.step_plan, functions, self.conditioning, LatentSpec(**self.latent), tokenizers)
 
     def hash(self) -> str:
         """SHA-256 over all weights, configurations and tokenizers; not over what was planned for them."""

@@ -12,8 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from compress import plots
-from compress.report import LABELS, Baseline, Latency, Report, Row, Size, shown, shown_gate, shown_interval, signed
+from compress.report import plots
+from compress.report.report import (
+    LABELS,
+    Baseline,
+    Latency,
+    Report,
+    Row,
+    Size,
+    shown,
+    shown_gate,
+    shown_interval,
+    signed,
+)
 
 DIFFERENCE_GAIN = 4
 """Differences between pictures are drawn this many times stronger."""

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.engine.optimum_layout import write_optimum_layout
 from compress.errors import PassError, RefusedError
-from compress.optimum_layout import write_optimum_layout
-from compress.passes.base import Progress, silent
+from compress.model.tokenizers import save_tokenizer
+from compress.progress import Progress, silent
 from compress.store import Store
-from compress.tokenizers import save_tokenizer
 from export import conditioning as text
 from export.backends import available, backend
 from export.engine import Engine
@@ -34,7 +34,7 @@ from export.weights import write_pool
 if TYPE_CHECKING:
     import onnx
 
-    from compress.model import LatentDiffusion
+    from compress.model.latent_diffusion import LatentDiffusion
 
 Sizes = tuple[int, int, int]
 """Least, best and greatest."""
@@ -95,7 +95,7 @@ def export_engine(
         model: with a step plan; its quantization plans are lowered.
         targets: whose runtimes and dialects the engine serves.
         shapes: `batch`, `height`, `width` (pixels) and perhaps `prompt_tokens` -> least, best, greatest.
-        folder: empty or absent; publish it with `compress.swap.swap_in`.
+        folder: empty or absent; publish it with `compress.engine.swap.swap_in`.
         files: further texts to put in, by path (the recipe).
         provenance: for the manifest.
         golden_prompts: whose latents, with seeds 0, 1, ..., are kept to verify the engine later.
@@ -242,7 +242,7 @@ def _extra_tokens(model: LatentDiffusion) -> int:
     encoders = model.conditioning.get("encoders")
     if not encoders:
         return 0
-    from compress.tokenizers import portable
+    from compress.model.tokenizers import portable
 
     tokenizers = {name: portable(tokenizer) for name, tokenizer in model.tokenizers.items()}
     tensors = text.encode(model.conditioning, tokenizers, model.functions(simulate=False), text.unconditional(1))

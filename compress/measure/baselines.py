@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from compress.environment import ran
 from compress.errors import PassError, RefusedError
-from compress.latency import Contestant, Timing, interleave, torch_threads
-from compress.measure import Judge, Quality, Stage, Workload, generate
-from compress.passes.base import Progress, silent
-from compress.report import Baseline, Latency, Role
+from compress.measure.environment import ran
+from compress.measure.latency import Contestant, Timing, interleave, torch_threads
+from compress.measure.quality import Judge, Quality, Stage, Workload, generate
+from compress.progress import Progress, silent
+from compress.report.report import Baseline, Latency, Role
 from export.runtime import Runtime
 
 if TYPE_CHECKING:
-    from compress.model import LatentDiffusion
-    from compress.original import Pipeline
+    from compress.measure.original import Pipeline
+    from compress.model.latent_diffusion import LatentDiffusion
     from export.step_plan import StepPlan
 
 ORIGINAL = "diffusers pipeline, float32"

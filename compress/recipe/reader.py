@@ -13,12 +13,12 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from compress import yaml_lines
 from compress.errors import CompressError, RecipeError
 from compress.nearest import listed, nearest, shown, unknown
 from compress.passes import PASSES
 from compress.passes.base import Pass
-from compress.yaml_lines import KeyPath, dotted
+from compress.recipe import yaml_lines
+from compress.recipe.yaml_lines import KeyPath, dotted
 
 CONFIG = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from compress.report import latency_table, table
+from compress.report.report import latency_table, table
 
 if TYPE_CHECKING:
     from compress.compiler import Outcome

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from compress.report import Size
+from compress.report.report import Size
 
 if TYPE_CHECKING:
-    from compress.model import LatentDiffusion
+    from compress.model.latent_diffusion import LatentDiffusion
 
 MIB = 2**20
 

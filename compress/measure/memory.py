@@ -20,7 +20,7 @@ engine.generate(prompts=[int(prompt) if prompt.isdigit() else prompt], seeds=[0]
 _PIPELINE = """
 import json, sys
 import torch
-from compress.original import open_pipeline
+from compress.measure.original import open_pipeline
 folder, threads, prompt, call = sys.argv[1:5]
 torch.set_num_threads(int(threads))
 open_pipeline(folder, json.loads(call)).generate(int(prompt) if prompt.isdigit() else prompt)
@@ -54,7 +54,7 @@ def pipeline_peak_mib(folder: Path, call: str, prompt: str | int, threads: int =
 
     Args:
         folder: of the model.
-        call: what `compress.original.PipelineCall.to_json` gives.
+        call: what `compress.measure.original.PipelineCall.to_json` gives.
         prompt: text or class.
         threads: of PyTorch.
 

@@ -13,11 +13,11 @@ import diffusers
 import torch
 import transformers
 
-from compress.checkpoint import Weights, inside, read_json, read_weights, refusing
 from compress.errors import RefusedError
 from compress.families import FAMILIES, Family, Network
+from compress.model.checkpoint import Weights, inside, read_json, read_weights, refusing
+from compress.model.parts import TEXT_ENCODERS
 from compress.nearest import unknown
-from compress.parts import TEXT_ENCODERS
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _no_bars() -> Iterator[None]:
     """Keep diffusers from drawing progress bars of its own, and transformers through the loader's silence."""
     from diffusers.utils import logging
 
-    from compress.loader import quiet
+    from compress.model.loader import quiet
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,0 +1,1 @@
+"""Writing an engine folder, and putting it in its place in one step."""

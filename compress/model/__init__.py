@@ -1,0 +1,1 @@
+"""The trained model: diffusers folders read, checked, and held as one LatentDiffusion."""

@@ -1,0 +1,243 @@
+"""Measures int8 denoisers against floats in the same runtime: 50M-class ones with random weights, and our own."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import onnx
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from torch import nn
+
+from compress.families import FAMILIES, Family
+from compress.measure.environment import environment
+from compress.quantization.brevitas_layers import weight_scales, with_brevitas_layers
+from compress.quantization.observers import Histogram
+from export.backends import backend
+from export.qdq import lower
+from export.quant_plan import LayerQuant, QuantPlan
+from export.target import TARGETS
+from export.to_onnx import export_module, strip_metadata
+
+SIDE = 32  # of the latents of the large networks: 32 x 32, or 16 x 16 = 256 tokens in patches of 2 x 2
+REFERENCE = Path(__file__).parent.parent / "reference"
+PROMPT_TOKENS = 77
+CALIBRATION = 4
+
+
+def unet() -> UNet2DConditionModel:
+    """The reference UNet's layout, wider: one resnet a level, attention in the lower two."""
+    return UNet2DConditionModel(
+        sample_size=SIDE,
+        block_out_channels=(128, 256, 384),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=768,
+        attention_head_dim=8,
+    )
+
+
+def mmdit() -> SD3Transformer2DModel:
+    """The reference MMDiT's layout, wider: joint blocks of 64-channel heads, normalised queries and keys."""
+    return SD3Transformer2DModel(
+        sample_size=SIDE,
+        patch_size=2,
+        in_channels=4,
+        num_layers=4,
+        attention_head_dim=64,
+        num_attention_heads=10,
+        caption_projection_dim=640,
+        joint_attention_dim=768,
+        pooled_projection_dim=768,
+        pos_embed_max_size=SIDE,
+        qk_norm="rms_norm",
+    )
+
+
+def reference_unet() -> UNet2DConditionModel:
+    """The trained UNet of this repository."""
+    return UNet2DConditionModel.from_pretrained(REFERENCE / "unet", subfolder="unet", dtype=torch.float32)
+
+
+def reference_mmdit() -> SD3Transformer2DModel:
+    """The trained MMDiT of this repository."""
+    return SD3Transformer2DModel.from_pretrained(REFERENCE / "mmdit", subfolder="transformer", dtype=torch.float32)
+
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "unet": unet,
+    "mmdit": mmdit,
+    "reference-unet": reference_unet,
+    "reference-mmdit": reference_mmdit,
+}
+
+
+def quant_plan(family: Family, module: Any, denoiser: Any, inputs: list[Mapping[str, torch.Tensor]]) -> QuantPlan:
+    """What the pass `quantize` would plan, calibrated on random inputs: speed depends on no more than that they fit."""
+    skip, modulation = set(family.sensitive(denoiser)), set(family.modulation(denoiser))
+    layers = {
+        name: layer
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and name not in skip
+    }
+    seen = {name: (Histogram(), Histogram()) for name in layers}
+    hooks = []
+    for name, layer in layers.items():
+
+        def watch(_: nn.Module, args: Any, output: torch.Tensor, name: str = name) -> None:
+            seen[name][0].update(args[0])
+            seen[name][1].update(output)
+
+        hooks.append(layer.register_forward_hook(watch))
+    with torch.inference_mode():
+        for tensors in inputs:
+            module(**tensors)
+    for hook in hooks:
+        hook.remove()
+    quantized = with_brevitas_layers(denoiser, layers.keys(), activations=False)
+    return QuantPlan(
+        {
+            name: LayerQuant(
+                "conv" if isinstance(layer, nn.Conv2d) else "linear",
+                "int8-w8a32" if name in modulation else "int8-w8a8",
+                weight_scales(quantized.get_submodule(name)),
+                None if name in modulation else seen[name][0].grid("minmax"),
+                seen[name][1].grid("minmax") if isinstance(layer, nn.Conv2d) else None,
+            )
+            for name, layer in layers.items()
+        },
+        {name: "sensitive" for name in skip},
+        "float16",
+    )
+
+
+def measure(name: str, targets: list[str], rounds: int, repeats: int) -> dict[str, Any]:
+    """One network on every target: seconds of CPU and wall time of one call, float and int8 in turn."""
+    torch.manual_seed(0)
+    denoiser = NETWORKS[name]().eval().requires_grad_(False)
+    family = FAMILIES[type(denoiser).__name__]
+    segment = family.segments(denoiser, None)[0][0]
+    side = family.latent_side(denoiser)
+    example, check = (family.example_inputs(denoiser, batch, side, side, PROMPT_TOKENS) for batch in (2, 1))
+    axes = {tensor: {0: "batch"} for tensor in example}
+    generator = torch.Generator().manual_seed(1)
+    calibration = [
+        {
+            k: torch.randn(v.shape, generator=generator) if v.is_floating_point() and v.ndim > 1 else v
+            for k, v in check.items()
+        }
+        for _ in range(CALIBRATION)
+    ]
+    plan = quant_plan(family, segment.module, denoiser, calibration)
+    graph = export_module(segment.module, example, axes, segment.outputs, check, name=name)
+    arrays = {key: tensor.numpy() for key, tensor in calibration[0].items()}
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = {}
+        for target in targets:
+            row = TARGETS[target]
+            paths = {"float32": Path(folder) / f"{target}-float32.onnx", "int8": Path(folder) / f"{target}-int8.onnx"}
+            quantized = onnx.ModelProto()
+            quantized.CopyFrom(graph)
+            lowered = lower(quantized, plan, row.dialect)
+            for model, path in ((graph, paths["float32"]), (quantized, paths["int8"])):
+                stripped = onnx.ModelProto()
+                stripped.CopyFrom(model)
+                strip_metadata(stripped)
+                onnx.save(stripped, path)
+            runtime = backend(row.backend)
+            kernels = Counter(
+                kernel.operation
+                for kernel in runtime.executed_kernels(paths["int8"], arrays, {}).values()
+                if kernel.precision == "int8"
+            )
+            functions = {form: runtime.load(path, 1, {}) for form, path in paths.items()}
+            outputs = {form: next(iter(function(arrays).values())) for form, function in functions.items()}
+            noise = ((outputs["float32"] - outputs["int8"]) ** 2).sum()
+            results[target] = {
+                "layers": dict(lowered.nodes),
+                "int8_kernels": dict(kernels),
+                "output_sqnr_db": round(float(10 * np.log10((outputs["float32"] ** 2).sum() / noise)), 1),
+                "size_mib": {form: round(path.stat().st_size / 2**20, 1) for form, path in paths.items()},
+            }
+            loaded.update({(target, form): function for form, function in functions.items()})
+        times = interleaved(loaded, arrays, rounds, repeats)
+    for target in targets:
+        for clock in ("cpu_ms", "wall_ms"):
+            medians = {form: float(np.median(times[target, form][clock])) for form in ("float32", "int8")}
+            results[target][clock] = {form: round(value, 2) for form, value in medians.items()}
+            results[target][f"{clock.removesuffix('_ms')}_speedup"] = round(medians["float32"] / medians["int8"], 3)
+    return {
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "latent": [side, side],
+        "prompt_tokens": PROMPT_TOKENS,
+        "targets": results,
+    }
+
+
+def interleaved(
+    functions: Mapping[Any, Callable[..., Any]], arrays: Mapping[str, np.ndarray], rounds: int, repeats: int
+) -> dict[Any, dict[str, list[float]]]:
+    """Time every function in every round, so that what else the machine does falls on all of them alike."""
+    times: dict[Any, dict[str, list[float]]] = {key: {"cpu_ms": [], "wall_ms": []} for key in functions}
+    for _ in range(rounds):
+        for key, function in functions.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(repeats):
+                function(arrays)
+            times[key]["cpu_ms"].append((time.process_time() - cpu) * 1e3 / repeats)
+            times[key]["wall_ms"].append((time.perf_counter() - wall) * 1e3 / repeats)
+    return times
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=2, help="calls per round")
+    parser.add_argument("--out", type=Path, help="the JSON file; default int8_speed-DATE.json beside this script")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    today = datetime.date.today().isoformat()
+    report = {
+        "what": __doc__,
+        "date": today,
+        "environment": environment(),
+        "load_average": [round(value, 1) for value in os.getloadavg()],
+        "batch": 1,
+        "threads": 1,
+        "rounds": options.rounds,
+        "networks": {
+            name: measure(name, options.targets, options.rounds, options.repeats) for name in options.networks
+        },
+    }
+    for name, network in report["networks"].items():  # type: ignore[attr-defined]
+        for target, row in network["targets"].items():
+            columns = []
+            for clock in ("cpu", "wall"):
+                times = row[f"{clock}_ms"]
+                speedup = row[f"{clock}_speedup"]
+                columns.append(f"{clock} {times['float32']:7.1f} -> {times['int8']:6.1f} ms x{speedup:.2f}")
+            size = f"{network['parameters'] / 1e6:.1f}M"
+            print(f"{name:6s} {size:6s} {target:16s} {'   '.join(columns)}   {row['output_sqnr_db']} dB")
+    out = options.out or Path(__file__).with_name(f"int8_speed-{today}.json")
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
