@@ -274,7 +274,7 @@ def _qualities(
         quality.check_changed(before, made[name], f"the pass {name}")
         before = made[name]
     made["compressed"] = before.first(len(few.prompts))
-    reference = partial(_reference_runtime, subject.folder, picked)
+    reference = partial(_reference_runtime, subject.folder, picked, threads)
     made["exported"] = make("exported", f"{digest} exported {picked}", reference, few)
     for name in ready:
         made[name] = make(name, f"{digest} {name}", partial(_opened, subject.folder, name, threads), workload)
@@ -292,13 +292,13 @@ def _conv_outputs(subject: Subject, picked: str) -> bool:
     return DIALECTS[dialect].conv_output
 
 
-def _reference_runtime(folder: Path, target: str) -> Runtime:
+def _reference_runtime(folder: Path, target: str, threads: int = 1) -> Runtime:
     """The graphs of a target as they were lowered, run by ONNX Runtime node by node, whatever runtime it has."""
     manifest = read_manifest(folder)
     row = manifest.targets[target]
     options = {name: {"optimization": "none"} for name in row.graphs}
     row = replace(row, backend="onnxruntime", options=options)
-    return Engine(folder, replace(manifest, targets={target: row}), target, 1).runtime
+    return Engine(folder, replace(manifest, targets={target: row}), target, threads).runtime
 
 
 def _baselines(

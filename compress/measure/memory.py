@@ -65,7 +65,7 @@ def pipeline_peak_mib(folder: Path, call: str, prompt: str | int, threads: int =
 
 
 def _peak(script: str, arguments: list[str]) -> float:
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = {name: arguments[2 if script is _ENGINE else 1] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     done = subprocess.run(

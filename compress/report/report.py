@@ -379,7 +379,9 @@ def table(report: Report) -> Table:
     result.add_column("original", justify="right")
     for name in passes:
         result.add_column(f"after {name}", justify="right")
-    for name in ("compressed", "exported", report.target, *others):
+    # What the last pass left is the compressed model.
+    stages = ("exported",) if passes else ("compressed", "exported")
+    for name in (*stages, report.target, *others):
         result.add_column(name, justify="right")
     result.add_column("gate")
     for row in report.rows:
@@ -390,8 +392,7 @@ def table(report: Report) -> Table:
         cells: list[tuple[str, float | None]] = [
             ("original", row.original),
             *((name, row.per_pass.get(name)) for name in passes),
-            ("compressed", row.compressed),
-            ("exported", row.exported),
+            *((name, getattr(row, name)) for name in stages),
             (report.target, row.engine),
             *((name, row.targets.get(name)) for name in others),
         ]

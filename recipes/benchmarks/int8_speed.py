@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,15 +203,15 @@ def interleaved(
     return times
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=2, help="calls per round")
-    parser.add_argument("--out", type=Path, help="the JSON file; default int8_speed-DATE.json beside this script")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="the JSON file; default int8_speed-DATE.json in results/")
+    options = parser.parse_args(words)
     torch.set_num_threads(1)
     today = datetime.date.today().isoformat()
     report = {
@@ -235,7 +235,8 @@ def main() -> None:
                 columns.append(f"{clock} {times['float32']:7.1f} -> {times['int8']:6.1f} ms x{speedup:.2f}")
             size = f"{network['parameters'] / 1e6:.1f}M"
             print(f"{name:6s} {size:6s} {target:16s} {'   '.join(columns)}   {row['output_sqnr_db']} dB")
-    out = options.out or Path(__file__).with_name(f"int8_speed-{today}.json")
+    out = options.out or Path(__file__).parent / "results" / f"int8_speed-{today}.json"
+    out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
 
 

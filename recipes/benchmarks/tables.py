@@ -1,0 +1,140 @@
+"""The tables of README.md, made from the newest results; the two lines between which they stand are in README.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent.parent / "README.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+TITLES = {"quickstart": "UNet, `recipes/quickstart.yaml`", "mmdit": "MMDiT, `recipes/mmdit.yaml`"}
+NETWORKS = {
+    "unet": "UNet, random weights, 32x32 latents",
+    "mmdit": "MMDiT, random weights, 256 + 77 tokens",
+    "reference-unet": "`recipes/reference/unet`, 16x16 latents",
+    "reference-mmdit": "`recipes/reference/mmdit`, 64 + 77 tokens",
+}
+
+
+def newest(name: str) -> dict[str, Any]:
+    """The latest of the dated results of one measurement.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    dated = sorted(RESULTS.glob(f"{name}-????-??-??.json"))
+    if not dated:
+        raise FileNotFoundError(f"no results of {name} in {RESULTS}")
+    found: dict[str, Any] = json.loads(dated[-1].read_text(encoding="utf-8"))
+    return found
+
+
+def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def recipe_table(report: Mapping[str, Any], title: str) -> str:
+    """One recipe: every contestant's time, quality and size."""
+    threads = sorted({row["threads"] for row in report["latency"]})
+    contestants = {(row["role"], row["name"]): row["steps"] for row in report["latency"]}
+    order = ["original", "plain runtime", "fewer steps", "engine"]
+    original = {row["threads"]: row["median"] for row in report["latency"] if row["role"] == "original"}
+    lines = []
+    for role, name in sorted(contestants, key=lambda key: order.index(key[0])):
+        times = {row["threads"]: row["median"] for row in report["latency"] if row["name"] == name}
+        point = next((one for one in report["baselines"] if one["name"] == name), None)
+        mark = "**" if role == "engine" else ""
+        said = name.split(",")[0] if role == "fewer steps" else name.removesuffix(", float32")
+        lines.append(
+            [
+                f"{mark}{said.replace('original', 'diffusers pipeline') if role == 'fewer steps' else said}{mark}",
+                str(contestants[role, name]),
+                *(f"{times[n]:.0f} ({original[n] / times[n]:.1f}x)" if n in times else "" for n in threads),
+                _quality(point, "image_psnr_db", "{:.1f}"),
+                _quality(point, "attribute_accuracy", "{:.1f} %", 100),
+                _size(report, role, name),
+            ]
+        )
+    heads = [
+        f"{title}",
+        "steps",
+        *(f"ms, {n} thread{'s' * (n > 1)}" for n in threads),
+        "image PSNR, dB",
+        "attributes right (95 %)",
+        "MiB",
+    ]
+    return table(heads, lines)
+
+
+def _quality(point: Mapping[str, Any] | None, metric: str, form: str, factor: float = 1.0) -> str:
+    """A value and, for shares, its interval; empty where it was not measured."""
+    if point is None or metric not in point["quality"]:
+        return ""
+    value = form.format(factor * point["quality"][metric])
+    bounds = point["interval"].get(metric)
+    if factor == 1.0 or bounds is None:
+        return value
+    return f"{value} ({factor * bounds[0]:.1f} to {factor * bounds[1]:.1f})"
+
+
+def _size(report: Mapping[str, Any], role: str, name: str) -> str:
+    sizes = {row["role"]: row for row in report["sizes"]} | {row["name"]: row for row in report["sizes"]}
+    row = sizes.get("original" if role == "original" else name if role == "engine" else "")
+    return "" if row is None else f"{sum(row['parts'].values()):.1f}"
+
+
+def int8_table(results: Mapping[str, Any]) -> str:
+    """Denoisers alone, one thread: int8 against float in the same runtime."""
+    lines = []
+    for name, network in results["networks"].items():
+        for target, row in network["targets"].items():
+            times = row["wall_ms"]
+            lines.append(
+                [
+                    NETWORKS[name],
+                    f"{network['parameters'] / 1e6:.1f} M",
+                    target.removesuffix("-cpu"),
+                    f"{times['float32']:.1f}",
+                    f"{times['int8']:.1f}",
+                    f"{times['float32'] / times['int8']:.2f}x",
+                ]
+            )
+    return table(["denoiser alone, int8-w8a8, 1 thread", "weights", "runtime", "float ms", "int8 ms", "faster"], lines)
+
+
+def markdown() -> str:
+    """What stands between the two marks in README.md."""
+    reports = {name: newest(name) for name in TITLES}
+    tables = [recipe_table(report, TITLES[name]) for name, report in reports.items()]
+    int8 = newest("int8_speed")
+    evidence = {reports[name]["evidence"]["original"] for name in TITLES}
+    return "\n\n".join(
+        [
+            *tables,
+            int8_table(int8),
+            f"Evidence: {'; '.join(sorted(evidence))}. Times are medians of interleaved runs, from prompt to picture, "
+            "one picture. Quality is that of 512 held-out prompts; PSNR is against the original's pictures of the same "
+            "seeds.",
+        ]
+    )
+
+
+def with_tables(readme: str) -> str:
+    """The text with the tables between its marks replaced."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{markdown()}\n{END}{after}"
+
+
+def main() -> None:
+    """Rewrite README.md."""
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
