@@ -36,7 +36,14 @@ print(seconds, sorted(heavy), code or 0, file=sys.stderr)
 
 def start(*words: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "compress", *words]
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        command,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
+    )
 
 
 @pytest.mark.parametrize("words", [("--help",), ("--version",), *((word, "--help") for word in commands.COMMANDS)])

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from compress.cli import main
+from recipes.benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("kernels", "export", "compress")  # an import goes to the same floor or to one further left
@@ -293,3 +294,9 @@ def test_every_recipe_parses_and_plans(
     assert {edit["pass_name"] for edit in answer["edits"]} == {
         name for name in ("quantize", "cache") if f"- {name}:" in path.read_text(encoding="utf-8")
     }
+
+
+def test_the_tables_of_the_readme_are_those_of_the_newest_results() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.BEGIN in text
+    assert tables.with_tables(text) == text, "run python -m recipes.benchmarks.tables"

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import os
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -124,8 +125,8 @@ def quant_plan(family: Family, module: Any, denoiser: Any, inputs: list[Mapping[
     )
 
 
-def measure(name: str, targets: list[str], rounds: int, repeats: int) -> dict[str, Any]:
-    """One network on every target: seconds of CPU and wall time of one call, float and int8 in turn."""
+def measure(name: str, targets: list[str], rounds: int, repeats: int, nncf: str | None) -> dict[str, Any]:
+    """One network on every target: CPU and wall time of one call, in turn: float, int8, and what NNCF makes of it."""
     torch.manual_seed(0)
     denoiser = NETWORKS[name]().eval().requires_grad_(False)
     family = FAMILIES[type(denoiser).__name__]
@@ -173,11 +174,15 @@ def measure(name: str, targets: list[str], rounds: int, repeats: int) -> dict[st
                 "output_sqnr_db": round(float(10 * np.log10((outputs["float32"] ** 2).sum() / noise)), 1),
                 "size_mib": {form: round(path.stat().st_size / 2**20, 1) for form, path in paths.items()},
             }
+            if nncf is not None and row.backend == "openvino":
+                peer = Path(folder) / f"{target}-nncf.xml"
+                quantize_with_nncf(nncf, paths["float32"], arrays, peer)
+                functions["nncf"] = runtime.load(peer, 1, {})
             loaded.update({(target, form): function for form, function in functions.items()})
         times = interleaved(loaded, arrays, rounds, repeats)
     for target in targets:
         for clock in ("cpu_ms", "wall_ms"):
-            medians = {form: float(np.median(times[target, form][clock])) for form in ("float32", "int8")}
+            medians = {form: float(np.median(taken[clock])) for (of, form), taken in times.items() if of == target}
             results[target][clock] = {form: round(value, 2) for form, value in medians.items()}
             results[target][f"{clock.removesuffix('_ms')}_speedup"] = round(medians["float32"] / medians["int8"], 3)
     return {
@@ -186,6 +191,14 @@ def measure(name: str, targets: list[str], rounds: int, repeats: int) -> dict[st
         "prompt_tokens": PROMPT_TOKENS,
         "targets": results,
     }
+
+
+def quantize_with_nncf(python: str, graph: Path, arrays: Mapping[str, np.ndarray], out: Path) -> None:
+    """Write what NNCF makes of a float graph; `python` is an interpreter that has nncf."""
+    inputs = out.with_suffix(".npz")
+    np.savez(inputs, **arrays)  # type: ignore[arg-type]
+    script = Path(__file__).with_name("nncf_peer.py")
+    subprocess.run([python, str(script), str(graph), str(inputs), str(out)], check=True, stdout=subprocess.DEVNULL)
 
 
 def interleaved(
@@ -210,6 +223,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=2, help="calls per round")
+    parser.add_argument("--nncf", metavar="PYTHON", help="an interpreter that has nncf: time what it makes, too")
     parser.add_argument("--out", type=Path, help="the JSON file; default int8_speed-DATE.json in results/")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -223,7 +237,8 @@ def main(words: Sequence[str] | None = None) -> None:
         "threads": 1,
         "rounds": options.rounds,
         "networks": {
-            name: measure(name, options.targets, options.rounds, options.repeats) for name in options.networks
+            name: measure(name, options.targets, options.rounds, options.repeats, options.nncf)
+            for name in options.networks
         },
     }
     for name, network in report["networks"].items():  # type: ignore[attr-defined]

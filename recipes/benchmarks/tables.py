@@ -102,9 +102,11 @@ def int8_table(results: Mapping[str, Any]) -> str:
                     f"{times['float32']:.1f}",
                     f"{times['int8']:.1f}",
                     f"{times['float32'] / times['int8']:.2f}x",
+                    f"{times['float32'] / times['nncf']:.2f}x" if "nncf" in times else "",
                 ]
             )
-    return table(["denoiser alone, int8-w8a8, 1 thread", "weights", "runtime", "float ms", "int8 ms", "faster"], lines)
+    heads = ["denoiser alone, int8-w8a8, 1 thread", "weights", "runtime", "float ms", "int8 ms", "faster", "NNCF's"]
+    return table(heads, lines)
 
 
 def markdown() -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -142,7 +144,8 @@ class Stages:
         return int(state["step"])
 
     def score(self) -> None:
-        """Print the attribute accuracy of both folders."""
+        """Print the attribute accuracy of both folders, and keep it in scores.json beside them."""
+        found = {}
         for name in ("unet", "mmdit"):
             score = score_folder(
                 self.plan.output / name,
@@ -154,6 +157,9 @@ class Stages:
                 self.plan.device,
             )
             say(f"score: {name}: {score.line()}  ({self.plan.steps} steps, guidance {self.plan.guidance:g})")
+            found[name] = {"steps": self.plan.steps, "guidance": self.plan.guidance, **asdict(score)}
+        today = datetime.date.today().isoformat()
+        (self.plan.output / "scores.json").write_text(json.dumps({"date": today, **found}, indent=1) + "\n")
 
 
 def _train_side_by_side(arguments: list[str], threads: int) -> None:
