@@ -25,7 +25,7 @@ Built = Callable[[bool], tuple[LatentDiffusion, Path]]
 
 @pytest.fixture(scope="module")
 def built(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """A quantized, cut model, and its engine: lowered as it is, or with the scale of one layer wrong by ten."""
+    """A quantized, cut model, and its engine: lowered as it is, or with the scale of one layer wrong by forty."""
     model = tiny_model(tiny_folder("unet"))
     folders: dict[bool, Path] = {}
 
@@ -35,7 +35,7 @@ def built(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
             if faulty:
                 plan = lowered.quant_plans["denoiser"]
                 row = plan.layers[FAULT]
-                wrong = replace(row, weight_scale=tuple(10 * scale for scale in row.weight_scale))
+                wrong = replace(row, weight_scale=tuple(40 * scale for scale in row.weight_scale))
                 lowered.quant_plans["denoiser"] = QuantPlan({**plan.layers, FAULT: wrong})
             folders[faulty] = tmp_path_factory.mktemp("engine") / "built"
             build(lowered, folders[faulty])
@@ -65,7 +65,7 @@ def test_a_layer_lowered_with_a_wrong_scale_is_named(built: Built, target: str) 
                 found[name] = errors
     bad = found[SEGMENT].largest_drop()
     assert bad.name == f"{SEGMENT}.{FAULT}"
-    assert bad.local_db < 40
+    assert bad.local_db < 25
 
 
 @pytest.mark.parametrize("target", ["openvino-cpu", "onnxruntime-cpu"])
@@ -79,7 +79,7 @@ def test_a_healthy_graph_agrees_at_every_layer(built: Built, target: str) -> Non
         errors = compare_graph(module, folder / graphs[name], inputs[name]) if name in inputs else None
         if errors is not None:
             # The rare rounding tie that falls the other way, which ONNX Runtime's rounded convolutions have twice.
-            assert min(layer.local_db for layer in errors.layers) > (20 if conv_outputs else 40)
+            assert min(layer.local_db for layer in errors.layers) > (15 if conv_outputs else 30)
             seen += [layer.name for layer in errors.layers]
     assert set(seen) == set(model.quant_plans["denoiser"].layers)
 
