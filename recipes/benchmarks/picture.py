@@ -51,7 +51,9 @@ def main(words: Sequence[str] | None = None) -> None:
     """Write pictures.png into results/."""
     argparse.ArgumentParser(description=__doc__).parse_args(words)
     strips = [rows(Recipe.load(ROOT / "recipes" / f"{name}.yaml")) for name in RECIPES]
-    sheet(strips).save(Path(__file__).parent / "results" / "pictures.png", optimize=True)
+    out = Path(__file__).parent / "results" / "pictures.png"
+    out.parent.mkdir(exist_ok=True)
+    sheet(strips).save(out, optimize=True)
 
 
 if __name__ == "__main__":
