@@ -51,7 +51,7 @@ def interrupted(folder: Path, kills: int, dice: random.Random) -> dict[str, Any]
     moments = []
     while True:
         run = start(out, cache)
-        began, wait = time.monotonic(), dice.uniform(1, 45)
+        began, wait = time.monotonic(), dice.uniform(1, 30)
         if len(moments) == kills:
             wait = 3600.0
         try:
