@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from compress.flush import flush, flush_folder
+
 SCHEMA_VERSION = 1
 _ENTRY = "entry.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "brevitas", "onnx", "onnxscript", "numpy")
@@ -159,11 +161,11 @@ class Store:
             record = {"schema_version": SCHEMA_VERSION, "key": key, "inputs": inputs, "versions": dict(versions())}
             record["files"] = files
             (temporary / _ENTRY).write_bytes(_canonical({**record, "sha256": _digest(record)}))
-            _flush(temporary)
+            flush(temporary)
             entry = self._entry(key)
             entry.parent.mkdir(parents=True, exist_ok=True)
             temporary.rename(entry)
-            _flush_folder(entry.parent)
+            flush_folder(entry.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -262,22 +264,3 @@ def _last_used(entry: Path) -> float:
     with contextlib.suppress(FileNotFoundError):
         return (entry / _ENTRY).stat().st_mtime
     return time.time()
-
-
-def _flush(folder: Path) -> None:
-    """Write a folder and all below it through to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

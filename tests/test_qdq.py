@@ -137,7 +137,7 @@ def test_integer_kernels_run_and_compute_what_fake_quantize_computes(
     few = replace(part.plan, layers=dict(list(part.plan.layers.items())[::16]))
     # A rounding tie that falls the other way costs a whole step, and the output grids of ONNX Runtime's convolutions
     # round twice per layer: over a deep network that adds up, over few layers it must not.
-    for plan, allowed in ((few, 0.15), (part.plan, 0.8)):
+    for plan, allowed in ((few, 0.15), (part.plan, {"onnxruntime": 0.8, "openvino": 0.6}[dialect])):
         path, _ = part.lowered(dialect, tmp_path, plan)
         computed = next(iter(runtime.load(path, 1, {})(part.arrays()).values()))
         simulated = part.torch_output(plan, conv_outputs=dialect == "onnxruntime")

@@ -8,6 +8,8 @@ import secrets
 import shutil
 from pathlib import Path
 
+from compress.flush import flush, flush_folder
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -33,7 +35,7 @@ def swap_in(folder: Path, out: Path) -> None:
     Raises:
         OSError: `out` is a file, or the file system refuses.
     """
-    _flush(folder)
+    flush(folder)
     if not out.exists():
         folder.rename(out)
     elif _exchange(folder, out):
@@ -43,7 +45,7 @@ def swap_in(folder: Path, out: Path) -> None:
         out.rename(aside)
         folder.rename(out)
         shutil.rmtree(aside)
-    _flush_folder(out.parent)
+    flush_folder(out.parent)
 
 
 def _free_name(out: Path) -> Path:
@@ -68,21 +70,3 @@ def _exchange(first: Path, second: Path) -> bool:
         return False
     done = library.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
     return bool(done == 0)
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        elif path.is_dir():
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
