@@ -106,6 +106,25 @@ def test_threads_may_share_a_function(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(got["y"], arrays["x"] @ WEIGHT + BIAS, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not available("openvino"), reason="not installed")
+def test_openvino_compiles_for_the_shapes_it_meets_and_forgets_the_oldest(tmp_path: Path) -> None:
+    from export.backends import openvino
+
+    function = openvino.load(quantized(tmp_path), 1, {})
+    first = function(inputs(rows=1))["y"]
+    one = function.form({"x": (1, WIDTH)})
+    assert function.form({"x": (1, WIDTH)}) is one, "a shape met before is not compiled again"
+    for rows in range(2, openvino.FORMS + 1):
+        function(inputs(rows))
+    assert function.form({"x": (1, WIDTH)}) is one, "there is room for it"
+    function(inputs(openvino.FORMS + 1))
+    assert function.form({"x": (1, WIDTH)}) is one, "others were used longer ago"
+    for rows in range(2, openvino.FORMS + 2):
+        function(inputs(rows))
+    assert function.form({"x": (1, WIDTH)}) is not one, "it was used longest ago"
+    np.testing.assert_array_equal(function(inputs(rows=1))["y"], first)
+
+
 @here
 @pytest.mark.parametrize(
     ("arrays", "message"),
