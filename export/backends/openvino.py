@@ -77,22 +77,26 @@ class _Graph:
 
 
 class _Form:
-    """One compiled form of a graph with one infer request; calls from several threads take turns."""
+    """One compiled form of a graph with one infer request and its arrays; calls from several threads take turns."""
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
         self._request = compiled.create_infer_request()
-        self._outputs = range(len(compiled.outputs))
+        self._inputs = [np.empty(port.shape, port.element_type.to_dtype()) for port in compiled.inputs]
+        self._outputs = [np.empty(port.shape, port.element_type.to_dtype()) for port in compiled.outputs]
         self._lock = threading.Lock()
+        # Bound once and copied into: binding the caller's arrays at every call takes longer, for the sizes there are.
+        for i, array in enumerate(self._inputs):
+            self._request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
+        for i, array in enumerate(self._outputs):
+            self._request.set_output_tensor(i, openvino.Tensor(array, shared_memory=True))
 
     def __call__(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        request = self._request
         with self._lock:
-            # A third of the time of `infer(arrays)`, which looks every input up anew.
-            for i, array in enumerate(arrays):
-                request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
-            request.infer()
-            return [request.get_output_tensor(i).data.copy() for i in self._outputs]
+            for bound, array in zip(self._inputs, arrays, strict=True):
+                np.copyto(bound, array)
+            self._request.infer()
+            return [array.copy() for array in self._outputs]
 
 
 def load(path: Path, threads: int | None, options: Mapping[str, Any]) -> _Graph:
