@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from compress.errors import PassError, RefusedError
 from compress.model.latent_diffusion import LatentDiffusion
+from compress.quantization.attention import observed, scales
 from compress.quantization.brevitas_layers import calibrated_grids, weight_scales, with_brevitas_layers
 from compress.quantization.fake_quantize import round_to, rounded_weight
 from compress.quantization.observers import Histogram
-from export.quant_plan import Affine, LayerQuant, Op
+from export.quant_plan import Affine, AttentionQuant, LayerQuant, Op
 from export.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -86,6 +87,18 @@ def observe(model: LatentDiffusion, layers: Layers, observer: str, context: Pass
         key: (seen.grid(observer), outputs[key].grid(observer) if key in outputs else None)
         for key, seen in inputs.items()
     }
+
+
+def observe_attention(model: LatentDiffusion, names: Sequence[str], context: PassContext) -> dict[str, AttentionQuant]:
+    """The scales of the queries and keys of attention modules of the denoiser.
+
+    Raises:
+        PassError: a module computes no scaled dot product, or a number is not finite.
+    """
+    with observed(model.denoiser, names) as largest:
+        run(model.runtime(simulate=False), context, "calibrate attention")
+    _all_ran({"denoiser": names}, {("denoiser", name) for name in largest})
+    return scales(largest)
 
 
 def correct_biases(

@@ -29,7 +29,6 @@ from compress.report.report import Baseline, Curve, Localisation, Plan, Report, 
 from export.backends import available
 from export.engine import Engine
 from export.manifest import Manifest, read_manifest
-from export.qdq import DIALECTS
 from export.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -267,10 +266,10 @@ def _qualities(
     original = subject.original
     made["original"] = make("original", original.state_hash(), lambda: original.runtime(False), workload)
     before = made["original"]
-    rounded = _conv_outputs(subject, picked)
+    dialect = _dialect(subject, picked)
     for name, model in subject.stages.items():
-        what = f"{model.state_hash()} {'with' if rounded else 'without'} rounded outputs of convolutions"
-        made[name] = make(f"after {name}", what, partial(model.runtime, True, rounded), few)
+        what = f"{model.state_hash()} rounded as for {dialect}"
+        made[name] = make(f"after {name}", what, partial(model.runtime, True, dialect), few)
         quality.check_changed(before, made[name], f"the pass {name}")
         before = made[name]
     made["compressed"] = before.first(len(few.prompts))
@@ -286,10 +285,9 @@ def _qualities(
     return _Qualities(made, judged)
 
 
-def _conv_outputs(subject: Subject, picked: str) -> bool:
-    """Whether the picked target rounds the outputs of convolutions, so that PyTorch has to."""
-    dialect = next(row.dialect for row in subject.targets if row.name == picked)
-    return DIALECTS[dialect].conv_output
+def _dialect(subject: Subject, picked: str) -> str:
+    """Of the picked target: PyTorch rounds what it rounds."""
+    return next(row.dialect for row in subject.targets if row.name == picked)
 
 
 def _reference_runtime(folder: Path, target: str, threads: int = 1) -> Runtime:
@@ -357,7 +355,7 @@ def _curves(subject: Subject, picked: str, workload: Workload, progress: Progres
     few = workload.first(TRACED)
     reference = quality.trace(subject.original.runtime(simulate=False), few)
     stages: dict[str, Callable[[], Runtime]] = {
-        "compressed": partial(subject.compressed.runtime, True, _conv_outputs(subject, picked)),
+        "compressed": partial(subject.compressed.runtime, True, _dialect(subject, picked)),
         "exported": partial(_reference_runtime, subject.folder, picked),
         picked: partial(_opened, subject.folder, picked, 1),
     }
@@ -383,10 +381,10 @@ def _localised(
     original = subject.original.runtime(simulate=False)
     recorder = localise.Recorder(original.functions)
     original.altered(functions=recorder.functions).generate(few.texts, list(few.seeds), few.height, few.width)
-    rounded = _conv_outputs(subject, picked)
-    layers = localise.compare_parts(subject.original, subject.compressed, recorder.inputs, rounded)
+    dialect = _dialect(subject, picked)
+    layers = localise.compare_parts(subject.original, subject.compressed, recorder.inputs, dialect)
     progress("where error enters", 1, 2)
-    compressed = subject.compressed.runtime(True, rounded)
+    compressed = subject.compressed.runtime(True, dialect)
     exported = _reference_runtime(subject.folder, picked)
     graphs = {}
     for before, after, title in (
@@ -422,7 +420,7 @@ def _lowered_layer(subject: Subject, picked: str, compressed: Runtime, function:
     """Name the layer at which the lowered graph of a function departs from PyTorch; None where none is quantized."""
     recorder = localise.Recorder(compressed.functions)
     compressed.altered(functions=recorder.functions).generate(few.texts, list(few.seeds), few.height, few.width)
-    module = subject.compressed.modules(True, _conv_outputs(subject, picked))[function]
+    module = subject.compressed.modules(True, _dialect(subject, picked))[function]
     graph = subject.folder / read_manifest(subject.folder).targets[picked].graphs[function]
     found = compare_graph(module, graph, recorder.inputs[function], f"{function}.")
     return None if found is None else found.largest_drop().name

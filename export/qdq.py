@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from export.attention_scores import AttentionScores
+from export.gates import split_gates
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 from export.weights import store_float16
 
@@ -38,16 +40,22 @@ class Dialect:
             computes in float without the Q).
         conv_bias, gemm_bias: store the bias as int32 with scale `input scale * weight scale` (ONNX Runtime fuses no
             `Conv` or `Gemm` whose bias is float).
+        attention: quantize the queries and keys the plan names (OpenVINO fuses attention of 8-bit scores into one
+            kernel; ONNX Runtime gains nothing from them).
+        gates: compute the two halves of a gated layer as two products (OpenVINO copies the halves of one, and fuses the
+            activation into one of two; ONNX Runtime is slower with two).
     """
 
     conv_output: bool
     conv_bias: bool
     gemm_bias: bool
+    attention: bool
+    gates: bool
 
 
 DIALECTS = {
-    "onnxruntime": Dialect(conv_output=True, conv_bias=True, gemm_bias=True),
-    "openvino": Dialect(conv_output=False, conv_bias=False, gemm_bias=False),
+    "onnxruntime": Dialect(conv_output=True, conv_bias=True, gemm_bias=True, attention=False, gates=False),
+    "openvino": Dialect(conv_output=False, conv_bias=False, gemm_bias=False, attention=True, gates=True),
 }
 
 
@@ -57,11 +65,14 @@ class Lowered:
 
     Attributes:
         layers: of the plan, found in this graph.
-        nodes: rewritten, by ONNX operator; `weight only` are those that still compute in float.
+        attentions: likewise.
+        nodes: rewritten, by ONNX operator; `weight only` are those that still compute in float,
+            `attention` the products of queries and keys, `gate` the second products that gated layers were given.
         halved: initializers stored as float16.
     """
 
     layers: set[str] = field(default_factory=set)
+    attentions: set[str] = field(default_factory=set)
     nodes: Counter[str] = field(default_factory=Counter)
     halved: int = 0
 
@@ -70,6 +81,8 @@ def lower(
     model: onnx.ModelProto, plan: QuantPlan, dialect: str, *, prefix: str = "denoiser.", partial: bool = False
 ) -> Lowered:
     """Rewrite the graph in place: each planned `Conv`, `MatMul`, `Gemm` reads u8 activations and s8 weights.
+
+    Attention the plan names reads signed 8-bit queries and keys, where the dialect says that this pays.
 
     A layer without an input grid keeps its float activations and gets `Cast, Mul` behind its s8 weights, which runtimes
     compute once on load (`DequantizeLinear` would run at every call). The float weights that remain are stored as
@@ -95,13 +108,23 @@ def lower(
     if dialect not in DIALECTS:
         raise LoweringError(f"the dialect {dialect!r} is unknown; known are {', '.join(sorted(DIALECTS))}")
     rewriter = _Rewriter(model, DIALECTS[dialect])
+    scores = AttentionScores(model.graph, rewriter.constants)
     result = Lowered()
     present: set[str] = set()
     planned = {f"{prefix}{name}": name for name in plan.layers}
+    attentions = {f"{prefix}{name}": name for name in plan.attentions if DIALECTS[dialect].attention}
     for node in list(model.graph.node):
         scopes = _scopes(node)
         present.update(planned[scope] for scope in scopes if scope in planned)
-        name = planned.get(scopes[-2]) if len(scopes) > 1 else None
+        owner = scopes[-2] if len(scopes) > 1 else ""
+        if owner in attentions and scores.is_one(node):
+            attention = plan.attentions[attentions[owner]]
+            factors = (scores.factor(node.input[0]), scores.factor(node.input[1]))
+            rewriter.scores(node, attention.query * factors[0], attention.key * factors[1])
+            result.attentions.add(attentions[owner])
+            result.nodes["attention"] += 1
+            continue
+        name = planned.get(owner)
         if name is None or node.op_type not in _OPS or node.input[1] not in rewriter.constants:
             rewriter.nodes.append(node)
             continue
@@ -118,23 +141,28 @@ def lower(
     if unlowered:
         raise LoweringError(f"planned layers without a constant weight in the graph: {_some(unlowered)}")
     if not partial:
-        require_all(plan, [result])
+        require_all(plan, [result], dialect)
     floats = _large_floats(model)
     rewriter.finish()
+    if DIALECTS[dialect].gates and (gates := split_gates(model)):
+        result.nodes["gate"] = gates
     if plan.storage == "float16":
         result.halved = store_float16(model, floats)
     return result
 
 
-def require_all(plan: QuantPlan, lowered: list[Lowered]) -> None:
-    """Check that the graphs of a part, together, hold every layer of its plan.
+def require_all(plan: QuantPlan, lowered: list[Lowered], dialect: str) -> None:
+    """Check that the graphs of a part, together, hold every layer of its plan, and what attention the dialect lowers.
 
     Raises:
         LoweringError: names the missing layers.
     """
     missing = set(plan.layers).difference(*(each.layers for each in lowered))
+    if DIALECTS[dialect].attention:
+        missing |= set(plan.attentions).difference(*(each.attentions for each in lowered))
     if missing:
-        raise LoweringError(f"{len(missing)} of {len(plan.layers)} planned layers are in no graph: {_some(missing)}")
+        planned = len(plan.layers) + len(plan.attentions)
+        raise LoweringError(f"{len(missing)} of {planned} planned layers are in no graph: {_some(missing)}")
 
 
 def _large_floats(model: onnx.ModelProto) -> set[str]:
@@ -192,6 +220,17 @@ class _Rewriter:
             out.output[0] = self.fresh(f"{result}.float")
             self.quantize(out.output[0], layer.output, result)
 
+    def scores(self, node: onnx.NodeProto, *scales: float) -> None:
+        """Emit signed Q and DQ before both sides of a product of queries and keys."""
+        import onnx
+
+        out = onnx.NodeProto()
+        out.CopyFrom(node)
+        for i, scale in enumerate(scales):
+            result = self.fresh(f"{node.input[i]}.dequantized")
+            out.input[i] = self.quantized(node.input[i], np.float32(scale), np.int8(0), result)
+        self.nodes.append(out)
+
     def activation(self, tensor: str, grid: Affine) -> str:
         """Quantize and dequantize a tensor, once per grid."""
         if (tensor, grid) not in self.dequantized:
@@ -199,15 +238,21 @@ class _Rewriter:
         return self.dequantized[tensor, grid]
 
     def quantize(self, tensor: str, grid: Affine, result: str) -> str:
+        """Emit Q and DQ to a grid."""
+        return self.quantized(tensor, np.float32(grid.scale), np.uint8(grid.zero_point), result)
+
+    def quantized(self, tensor: str, scale: np.float32, zero_point: np.int8 | np.uint8, result: str) -> str:
         """Emit tensor -> QuantizeLinear -> DequantizeLinear -> result."""
         from onnx import helper
 
-        quantized = self.fresh(f"{tensor}.quantized")
-        scale = self.constant(f"{quantized}.scale", np.array(grid.scale, np.float32))
-        zero_point = self.constant(f"{quantized}.zero_point", np.array(grid.zero_point, np.uint8))
+        name = self.fresh(f"{tensor}.quantized")
+        numbers = [
+            self.constant(f"{name}.scale", np.asarray(scale)),
+            self.constant(f"{name}.zero_point", np.asarray(zero_point)),
+        ]
         self.nodes += [
-            helper.make_node("QuantizeLinear", [tensor, scale, zero_point], [quantized], f"{quantized}.node"),
-            helper.make_node("DequantizeLinear", [quantized, scale, zero_point], [result], f"{result}.node"),
+            helper.make_node("QuantizeLinear", [tensor, *numbers], [name], f"{name}.node"),
+            helper.make_node("DequantizeLinear", [name, *numbers], [result], f"{result}.node"),
         ]
         return result
 

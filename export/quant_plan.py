@@ -79,11 +79,28 @@ class LayerQuant:
 
 
 @dataclass(frozen=True)
+class AttentionQuant:
+    """Attention whose scores are products of signed 8-bit queries and keys: `clip(round(x / scale), -128, 127)`.
+
+    Softmax and the sum of the values stay in float: probabilities spread over many tokens vanish in 8 bits.
+
+    Attributes:
+        scheme: `int8-qk`.
+        query, key: one scale for the tensor each that the scaled dot product reads.
+    """
+
+    scheme: str
+    query: float
+    key: float
+
+
+@dataclass(frozen=True)
 class QuantPlan:
     """How one part of a model (denoiser, text encoder, VAE decoder) is quantized.
 
     Attributes:
         layers: module name relative to the part -> its numbers.
+        attentions: likewise, of attention modules; a runtime without a fast kernel for them computes them in float.
         skipped: module name -> why it stays in float.
         storage: how the weights of the layers left in float are stored: `float32`, or `float16` (widened on load).
         inference_precision: what a runtime that takes such a hint computes the float remainder in.
@@ -93,6 +110,15 @@ class QuantPlan:
     skipped: Mapping[str, str] = field(default_factory=dict)
     storage: Storage = "float32"
     inference_precision: Precision = "float32"
+    attentions: Mapping[str, AttentionQuant] = field(default_factory=dict)
+
+    @property
+    def schemes(self) -> dict[str, str]:
+        """Layer or attention module -> the row of the number-format table it came from."""
+        return {
+            **{name: layer.scheme for name, layer in self.layers.items()},
+            **{name: attention.scheme for name, attention in self.attentions.items()},
+        }
 
     @property
     def integer_layers(self) -> set[str]:
@@ -124,6 +150,10 @@ class QuantPlan:
                 if not 0 <= grid.zero_point <= 255:
                     raise QuantPlanError(f"layer {name!r} has the zero point {grid.zero_point}, outside 0..255")
 
+        for name, attention in self.attentions.items():
+            if not all(math.isfinite(scale) and scale > 0 for scale in (attention.query, attention.key)):
+                raise QuantPlanError(f"attention {name!r} has a scale that is not positive and finite")
+
     def to_json(self) -> str:
         """Serialise; floats keep all their digits, so a round trip is exact."""
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, sort_keys=True)
@@ -140,7 +170,9 @@ class QuantPlan:
             version = raw.pop("schema_version")
             if version != SCHEMA_VERSION:
                 raise QuantPlanError(f"the plan has schema version {version!r}, this reads {SCHEMA_VERSION}")
-            plan = cls(layers={name: _layer(layer) for name, layer in raw.pop("layers").items()}, **raw)
+            layers = {name: _layer(layer) for name, layer in raw.pop("layers").items()}
+            attentions = {name: AttentionQuant(**attention) for name, attention in raw.pop("attentions", {}).items()}
+            plan = cls(layers=layers, attentions=attentions, **raw)
             plan.validate()
         except QuantPlanError:
             raise

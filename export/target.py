@@ -51,6 +51,7 @@ TARGETS: dict[str, Target] = {
                 "bf16": "native",
                 "int8-w8a32": "storage only",
                 "int8-w8a8": "native",
+                "int8-qk": "native",
             },
         ),
         Target(

@@ -145,6 +145,7 @@ def _canonicalise(model: onnx.ModelProto, name: str, dynamic_axes: Mapping[str, 
     """Remove what differs between machines, and give the dynamic dimensions readable names."""
     graph = model.graph
     graph.name = name
+    _count_last_axes_from_the_end(graph)
     model.doc_string = graph.doc_string = ""
     del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
     for node in graph.node:
@@ -175,6 +176,15 @@ def _canonicalise(model: onnx.ModelProto, name: str, dynamic_axes: Mapping[str, 
         for dimension, size in enumerate(value.type.tensor_type.shape.dim):
             if size.HasField("dim_param"):
                 size.dim_param = symbols.get(size.dim_param, f"{value.name}_{dimension}")
+
+
+def _count_last_axes_from_the_end(graph: onnx.GraphProto) -> None:
+    """Write the axis of a `Split` along the last one as -1: the ranks, which tell, are forgotten with `value_info`."""
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Split" and attribute.name == "axis" and attribute.i + 1 == ranks.get(node.input[0]):
+                attribute.i = -1
 
 
 def _check(name: str, module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Mapping[str, Tensor]]) -> None:

@@ -16,6 +16,7 @@ from compress.model.latent_diffusion import LatentDiffusion
 from export.engine import Engine
 from export.manifest import read_manifest
 from export.quant_plan import QuantPlan
+from export.target import TARGETS
 from tests.tiny_engine import SIDE, build, tiny_model
 
 FAULT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_v"
@@ -44,8 +45,8 @@ def built(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     return make
 
 
-def recorded(model: LatentDiffusion, conv_outputs: bool) -> Recorder:
-    stage = model.runtime(True, conv_outputs)
+def recorded(model: LatentDiffusion, dialect: str) -> Recorder:
+    stage = model.runtime(True, dialect)
     recorder = Recorder(stage.functions, limit=2)
     stage.altered(functions=recorder.functions).sample(["a red circle"], [0], SIDE, SIDE)
     return recorder
@@ -54,11 +55,11 @@ def recorded(model: LatentDiffusion, conv_outputs: bool) -> Recorder:
 @pytest.mark.parametrize("target", ["openvino-cpu", "onnxruntime-cpu"])
 def test_a_layer_lowered_with_a_wrong_scale_is_named(built: Built, target: str) -> None:
     model, folder = built(True)
-    conv_outputs = target == "onnxruntime-cpu"
-    inputs = recorded(model, conv_outputs).inputs
+    dialect = TARGETS[target].dialect
+    inputs = recorded(model, dialect).inputs
     graphs = read_manifest(folder).targets[target].graphs
     found = {}
-    for name, module in model.modules(True, conv_outputs).items():
+    for name, module in model.modules(True, dialect).items():
         if name in model.step_plan.segments:  # type: ignore[union-attr]
             errors = compare_graph(module, folder / graphs[name], inputs[name], f"{name}.")
             if errors is not None:
@@ -71,22 +72,22 @@ def test_a_layer_lowered_with_a_wrong_scale_is_named(built: Built, target: str) 
 @pytest.mark.parametrize("target", ["openvino-cpu", "onnxruntime-cpu"])
 def test_a_healthy_graph_agrees_at_every_layer(built: Built, target: str) -> None:
     model, folder = built(False)
-    conv_outputs = target == "onnxruntime-cpu"
-    inputs = recorded(model, conv_outputs).inputs
+    dialect = TARGETS[target].dialect
+    inputs = recorded(model, dialect).inputs
     graphs = read_manifest(folder).targets[target].graphs
     seen = []
-    for name, module in model.modules(True, conv_outputs).items():
+    for name, module in model.modules(True, dialect).items():
         errors = compare_graph(module, folder / graphs[name], inputs[name]) if name in inputs else None
         if errors is not None:
             # The rare rounding tie that falls the other way, which ONNX Runtime's rounded convolutions have twice.
-            assert min(layer.local_db for layer in errors.layers) > (15 if conv_outputs else 30)
+            assert min(layer.local_db for layer in errors.layers) > (15 if dialect == "onnxruntime" else 30)
             seen += [layer.name for layer in errors.layers]
     assert set(seen) == set(model.quant_plans["denoiser"].layers)
 
 
 def test_a_shadow_run_names_the_segment_first(built: Built) -> None:
     model, folder = built(True)
-    stage = model.runtime(True, False)
+    stage = model.runtime(True, "openvino")
     shadow = Shadow(stage.functions, Engine.open(folder, "openvino-cpu", 1).runtime.functions)
     stage.altered(functions=shadow.functions).sample(["a red circle"], [0], SIDE, SIDE)
     assert shadow.outputs[0].name.partition(":")[0] == SEGMENT

@@ -24,7 +24,7 @@ from export.backends import available, backend
 from export.engine import Engine
 from export.errors import EngineError, ExportError
 from export.manifest import STEP_PLAN, Golden, Manifest, TargetEntry
-from export.qdq import Lowered, LoweringError, lower, require_all
+from export.qdq import DIALECTS, Lowered, LoweringError, lower, require_all
 from export.target import Target
 from export.to_onnx import OPSET, export_module, strip_metadata
 from export.tokenizer import FILE as TOKENIZER_FILE
@@ -47,6 +47,9 @@ INTEGER_KERNELS = frozenset(
     {"QLinearConv", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul", "Convolution", "FullyConnected", "MatMul"}
 )
 """Kinds of operation, in the records of the runtimes, that a quantized layer becomes."""
+
+ATTENTION_KERNELS = frozenset({"Subgraph"})
+"""Likewise, that attention with 8-bit queries and keys becomes where it is fused; else its product is a `MatMul`."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +340,7 @@ def _require_all_lowered(
         functions = {job.function for job in jobs if job.part == part}
         for dialect in {key[1] for key in lowered if key[0] in functions}:
             try:
-                require_all(plan, [lowered[name, dialect] for name in functions])
+                require_all(plan, [lowered[name, dialect] for name in functions], dialect)
             except LoweringError as error:
                 raise PassError(f"{part}: {error}") from error
 
@@ -350,6 +353,8 @@ def _target_entry(model: LatentDiffusion, row: Target, graphs: Mapping[str, str]
         if plan is None:
             continue
         schemes = {layer.scheme for layer in plan.layers.values()} | {plan.storage}
+        if DIALECTS[row.dialect].attention:
+            schemes |= {attention.scheme for attention in plan.attentions.values()}
         if plan.inference_precision == "bfloat16":
             schemes.add("bf16")
             options[job.function] = {"inference_precision": "bfloat16"}
@@ -379,6 +384,7 @@ def _prove_kernels(
         for done, job in enumerate(planned):
             progress(f"executed kernels of {name}", done, len(planned))
             nodes = lowered[job.function, row.dialect].nodes
+            products = nodes["attention"]
             expected = sum(count for kind, count in nodes.items() if kind != "weight only")
             if not expected:
                 continue
@@ -386,7 +392,8 @@ def _prove_kernels(
             options = row.options.get(job.function, {})
             kernels = backend(row.backend).executed_kernels(folder / row.graphs[job.function], arrays, options)
             ran = Counter((kernel.operation, kernel.precision) for kernel in kernels.values())
-            integer = sum(n for (kind, precision), n in ran.items() if kind in INTEGER_KERNELS and precision == "int8")
+            kinds = INTEGER_KERNELS | (ATTENTION_KERNELS if products else set())
+            integer = sum(n for (kind, precision), n in ran.items() if kind in kinds and precision == "int8")
             if integer < expected:
                 raise PassError(
                     f"{name} runs {integer} of the {expected} integer layers of {job.function} on integer kernels; "

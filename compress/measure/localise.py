@@ -124,7 +124,7 @@ def compare_parts(
     original: LatentDiffusion,
     compressed: LatentDiffusion,
     inputs: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
-    conv_outputs: bool = True,
+    dialect: str | None = None,
 ) -> LayerErrors | None:
     """Compare every quantized part of a model with the original's, layer by layer.
 
@@ -132,7 +132,7 @@ def compare_parts(
         original: uncut, in full precision.
         compressed: the same networks with quantization plans.
         inputs: part -> the inputs of some of its calls, as a `Recorder` on the original's functions kept them.
-        conv_outputs: fake-quantize the outputs of convolutions, too, as the target's dialect does.
+        dialect: of the target; what its lowering rounds is rounded.
 
     Returns:
         The layers of all parts in the order text encoders, denoiser, VAE, named `part.module`; None where no part is
@@ -150,7 +150,7 @@ def compare_parts(
         reference = original.parts()[part]
         network = original.denoiser if part == "denoiser" else reference.component
         changed = compressed.denoiser if part == "denoiser" else compressed.parts()[part].component
-        rounded = fake_quantized(changed, compressed.quant_plans[part], conv_outputs=conv_outputs)
+        rounded = fake_quantized(changed, compressed.quant_plans[part], dialect=dialect)
         calls = [{key: torch.from_numpy(np.array(value)) for key, value in call.items()} for call in inputs[part]]
 
         def run(module: nn.Module, part: str = part, whole: Any = reference, calls: Any = calls) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from compress.errors import PassError
 from compress.measure.localise import LayerErrors, Ratio
 from compress.report.report import Layer
+from export.gates import HALF
 
 if TYPE_CHECKING:
     import onnx
@@ -55,9 +56,10 @@ def compare_graph(
     session = _tapped(model, {name: taps[name] for name in layers})
     for call in calls:
         expected = _torch_outputs(module, layers, call)
-        found = session.run([taps[name] for name in expected], {key: call[key] for key in _inputs(session)})
-        for (name, wanted), got in zip(expected.items(), found, strict=True):
-            ratios[name].add(wanted, got)
+        wanted = [tensor for name in expected for tensor in taps[name]]
+        found = dict(zip(wanted, session.run(wanted, {key: call[key] for key in _inputs(session)}), strict=True))
+        for name, output in expected.items():
+            ratios[name].add(output, np.concatenate([found[tensor] for tensor in taps[name]], axis=-1))
     order = [name for name in taps if name in layers]
     return LayerErrors(
         tuple(
@@ -68,17 +70,18 @@ def compare_graph(
     )
 
 
-def quantized_outputs(model: onnx.ModelProto) -> dict[str, str]:
-    """Quantized layer -> the tensor of the graph that is its output, in the order of execution.
+def quantized_outputs(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """Quantized layer -> the tensors of the graph that are its output, in the order of execution.
 
-    The lowering names the int8 weight of a layer after it; a bias added by a node of its own belongs to the layer.
+    The lowering names the int8 weight of a layer after it; a bias added by a node of its own belongs to the layer. The
+    layer before a gate has two outputs, the halves of its columns.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     readers: dict[str, list[Any]] = {}
     for node in model.graph.node:
         for tensor in node.input:
             readers.setdefault(tensor, []).append(node)
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for node in model.graph.node:
         if node.op_type not in _OPERATORS or _LABEL not in node.input[1]:
             continue
@@ -88,11 +91,15 @@ def quantized_outputs(model: onnx.ModelProto) -> dict[str, str]:
             other = [tensor for tensor in after[0].input if tensor != output]
             if other and other[0] in constants:
                 output = after[0].output[0]
-        found.setdefault(node.input[1].partition(_LABEL)[0], output)
+        layer, _, rest = node.input[1].partition(_LABEL)
+        if layer not in found:
+            found[layer] = (output,)
+        elif HALF in rest and len(found[layer]) == 1:
+            found[layer] = (*found[layer], output)
     return found
 
 
-def _tapped(model: onnx.ModelProto, taps: Mapping[str, str]) -> Any:
+def _tapped(model: onnx.ModelProto, taps: Mapping[str, Sequence[str]]) -> Any:
     """A session of the graph, not optimised, that also gives the tapped tensors."""
     import onnx
     import onnxruntime
@@ -100,7 +107,7 @@ def _tapped(model: onnx.ModelProto, taps: Mapping[str, str]) -> Any:
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(
         onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
-        for tensor in dict.fromkeys(taps.values())
+        for tensor in dict.fromkeys(tensor for tensors in taps.values() for tensor in tensors)
         if tensor not in present
     )
     options = onnxruntime.SessionOptions()

@@ -99,45 +99,45 @@ class LatentDiffusion:
         """
         return {"denoiser": self.family.segments(self.denoiser, None)[0][0].module, **self._surroundings()}
 
-    def functions(self, simulate: bool = True, conv_outputs: bool = True) -> dict[str, PartFunction]:
+    def functions(self, simulate: bool = True, dialect: str | None = None) -> dict[str, PartFunction]:
         """NumPy functions for the runtime: the denoiser's segments, `vae_decoder`, `vae_encoder`, the text encoders.
 
         Args:
             simulate: quantized parts compute with fake-quantized weights and activations; False ignores the plans.
-            conv_outputs: see `modules`.
+            dialect: see `modules`.
         """
-        return {name: _function(module) for name, module in self.modules(simulate, conv_outputs).items()}
+        return {name: _function(module) for name, module in self.modules(simulate, dialect).items()}
 
-    def modules(self, simulate: bool = True, conv_outputs: bool = True) -> dict[str, Network]:
+    def modules(self, simulate: bool = True, dialect: str | None = None) -> dict[str, Network]:
         """The networks behind `functions`; their weights are the model's own, or fake-quantized copies.
 
         Args:
             simulate: quantized parts compute with fake-quantized weights and activations; False ignores the plans.
-            conv_outputs: fake-quantize the outputs of convolutions, too, as the dialect of some runtimes does.
+            dialect: round only what the lowering to it rounds, see `export.qdq.Dialect`; None all that is planned.
         """
         denoiser, parts = self.denoiser, self._surroundings()
         for name, plan in self.quant_plans.items() if simulate else ():
             from compress.quantization.fake_quantize import fake_quantized
 
             if name == "denoiser":
-                denoiser = fake_quantized(denoiser, plan, conv_outputs=conv_outputs)
+                denoiser = fake_quantized(denoiser, plan, dialect=dialect)
             else:
-                component = fake_quantized(parts[name].component, plan, conv_outputs=conv_outputs)
+                component = fake_quantized(parts[name].component, plan, dialect=dialect)
                 parts[name] = type(parts[name])(component)
         segments = self.family.segments(denoiser, self.cut)[0]
         return {segment.name: segment.module for segment in segments} | parts
 
-    def runtime(self, simulate: bool = True, conv_outputs: bool = True) -> Runtime:
+    def runtime(self, simulate: bool = True, dialect: str | None = None) -> Runtime:
         """The networks, in PyTorch, bound to the step plan.
 
         Args:
             simulate: quantized parts compute with fake-quantized weights and activations.
-            conv_outputs: the outputs of convolutions, too; as `export.qdq.Dialect.conv_output` of the target.
+            dialect: see `modules`; that of the target to predict what it computes.
         """
         if self.step_plan is None:
             raise PassError("the model has no step plan yet; compile its sampler first")
         tokenizers = {name: portable(tokenizer) for name, tokenizer in self.tokenizers.items()}
-        functions = self.functions(simulate, conv_outputs)
+        functions = self.functions(simulate, dialect)
         return Runtime(self.step_plan, functions, self.conditioning, LatentSpec(**self.latent), tokenizers)
 
     def hash(self) -> str:

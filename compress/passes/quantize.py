@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.model.latent_diffusion import LatentDiffusion
-    from export.quant_plan import LayerQuant, QuantPlan, Storage
+    from export.quant_plan import AttentionQuant, LayerQuant, QuantPlan, Storage
     from export.target import Target
 
 SKIP = "skip"
 STORE = "store "
+QK = "int8-qk"
+"""The scores of attention from 8-bit queries and keys; softmax and values stay in float."""
 
 _OWN = {"vae_decoder": r"^(decoder|post_quant_conv)\b", "vae_encoder": r"^(encoder|quant_conv)\b"}
 """What belongs to a part where a component has two: the rest of the VAE is the other one's."""
@@ -62,6 +64,8 @@ class Quantize(Pass):
         sensitive: the scheme of the few cheap layers whose error is everywhere (first and last).
         modulation: the scheme of the layers that read one vector per picture (time embedding, adaptive norms); their
             speed is that of reading their weights, and their error is everywhere.
+        attention: `int8-qk` also computes the scores of the denoiser's attention from 8-bit queries and keys, on
+            targets where that is faster (SageAttention, Zhang et al. 2024, arXiv 2410.02367, with calibrated scales).
         observer: how activation ranges are chosen; `average` is Brevitas' own calibration.
         bias_correction: add each layer's mean error to its bias.
     """
@@ -76,6 +80,7 @@ class Quantize(Pass):
     layers: tuple[LayerRule, ...] = ()
     sensitive: str = "none"
     modulation: str = "int8-w8a32"
+    attention: Literal["none", "int8-qk"] = "none"
     observer: Literal["minmax", "percentile", "mse", "average"] = "mse"
     bias_correction: bool = True
 
@@ -105,9 +110,15 @@ class Quantize(Pass):
             if part not in known:
                 raise RefusedError(f"quantize.parts: {unknown(part, 'a part of this model', known)}")
         matched: set[int] = set()
+        if self.attention != "none" and not self._part_scheme("denoiser").is_calibrated:
+            raise RefusedError(
+                f"quantize.attention is {self.attention}, but the denoiser is {self._part_scheme('denoiser').name}: "
+                "8-bit queries and keys need a denoiser that computes in 8 bits; write attention: none"
+            )
         edits = [
             edit for part, module in known.items() for edit in self._plan_part(model, part, module.component, matched)
         ]
+        edits += self._plan_attention(model)
         for i, rule in enumerate(self.layers):
             if i not in matched:
                 raise RefusedError(
@@ -145,6 +156,12 @@ class Quantize(Pass):
         action = f"{STORE}{_storage(default)}"
         return [*edits, Edit(self.name, part, action, before, before - 2 * halved, "norms, biases, embeddings")]
 
+    def _plan_attention(self, model: LatentDiffusion) -> list[Edit]:
+        from compress.quantization.attention import attentions
+
+        names = attentions(model.denoiser) if self.attention != "none" else []
+        return [Edit(self.name, f"denoiser.{name}", QK, 0, 0, f"attention is {QK}") for name in names]
+
     def _special(self, model: LatentDiffusion, part: str, component: nn.Module) -> dict[str, tuple[Scheme, str]]:
         """Layer -> the scheme it gets whatever its part gets, and why."""
         if part == "denoiser":
@@ -164,29 +181,38 @@ class Quantize(Pass):
 
         rows = _rows(edits)
         chosen = {
-            part: {name: edit.action for name, edit in own.items() if edit.action != SKIP} for part, own in rows.items()
+            part: {name: edit.action for name, edit in own.items() if edit.action not in (SKIP, QK)}
+            for part, own in rows.items()
         }
         calibrated = {
             part: [n for n, action in own.items() if scheme(action).is_calibrated] for part, own in chosen.items()
         }
         grids = calibrate.observe(model, calibrated, self.observer, context) if any(calibrated.values()) else {}
+        attending = [name for name, edit in rows.get("denoiser", {}).items() if edit.action == QK]
+        attentions = calibrate.observe_attention(model, attending, context) if attending else {}
         layers = calibrate.layer_quants(model, chosen, grids)
         if self.bias_correction and grids:
             calibrate.correct_biases(model, layers, context)
         for part, own in rows.items():
             skipped = {name: edit.reason for name, edit in own.items() if edit.action == SKIP}
-            plan = self._quant_plan(part, layers[part], skipped)
+            plan = self._quant_plan(part, layers[part], skipped, attentions if part == "denoiser" else {})
             if plan is not None:
                 model.quant_plans[part] = plan
         model.provenance.append({"pass": self.name, "scheme": self.scheme, "layers": sum(map(len, layers.values()))})
 
-    def _quant_plan(self, part: str, layers: dict[str, LayerQuant], skipped: dict[str, str]) -> QuantPlan | None:
+    def _quant_plan(
+        self,
+        part: str,
+        layers: dict[str, LayerQuant],
+        skipped: dict[str, str],
+        attentions: dict[str, AttentionQuant],
+    ) -> QuantPlan | None:
         from export.quant_plan import QuantPlan
 
         default = self._part_scheme(part)
         if not layers and _storage(default) == "float32":
             return None
-        plan = QuantPlan(layers, skipped, _storage(default), default.inference_precision)
+        plan = QuantPlan(layers, skipped, _storage(default), default.inference_precision, attentions)
         plan.validate()
         return plan
 
@@ -195,7 +221,7 @@ class Quantize(Pass):
         for part, own in _rows(edits).items():
             wanted = {name: edit.action for name, edit in own.items() if edit.action != SKIP}
             plan = model.quant_plans.get(part)
-            found = {} if plan is None else {name: layer.scheme for name, layer in plan.layers.items()}
+            found = {} if plan is None else plan.schemes
             if found != wanted:
                 differing = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
                 raise PassError(

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import PassError
-from export.qdq import HALVED
+from compress.quantization.attention import intercept, rounding
+from export.qdq import DIALECTS, HALVED
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 
 
-def fake_quantized(module: nn.Module, plan: QuantPlan, *, conv_outputs: bool = True) -> nn.Module:
+def fake_quantized(module: nn.Module, plan: QuantPlan, *, dialect: str | None = None) -> nn.Module:
     """A copy whose planned layers compute with quantized numbers in float32; all other weights are shared.
 
     Args:
         module: the component the plan was made for.
         plan: module names relative to `module`.
-        conv_outputs: also quantize the outputs of convolutions, as the lowering for ONNX Runtime does.
+        dialect: round what its lowering rounds, a key of `export.qdq.DIALECTS`; None rounds all that the plan has.
 
     Raises:
         PassError: a layer of the plan is not in the module, or of another kind.
@@ -33,7 +34,10 @@ def fake_quantized(module: nn.Module, plan: QuantPlan, *, conv_outputs: bool = T
             raise PassError(f"the quantization plan names {name!r}, which is not in the network") from None
         if not isinstance(layer, nn.Conv2d if quant.op == "conv" else nn.Linear):
             raise PassError(f"the quantization plan has {name!r} as {quant.op}, but it is a {type(layer).__name__}")
-        _round_layer(layer, quant, conv_outputs)
+        _round_layer(layer, quant, dialect is None or DIALECTS[dialect].conv_output)
+    if dialect is None or DIALECTS[dialect].attention:
+        for name, attention in plan.attentions.items():
+            intercept(quantized.get_submodule(name), rounding(attention))
     if plan.storage == "float16":
         _halve(quantized, {f"{name}.weight" for name in plan.layers})
     return quantized

@@ -24,6 +24,7 @@ from torch import nn
 
 from compress.families import FAMILIES, Family
 from compress.measure.environment import environment
+from compress.quantization.attention import attentions, observed, scales
 from compress.quantization.brevitas_layers import weight_scales, with_brevitas_layers
 from compress.quantization.observers import Histogram
 from export.backends import backend
@@ -103,7 +104,7 @@ def quant_plan(family: Family, module: Any, denoiser: Any, inputs: list[Mapping[
             seen[name][1].update(output)
 
         hooks.append(layer.register_forward_hook(watch))
-    with torch.inference_mode():
+    with torch.inference_mode(), observed(denoiser, attentions(denoiser)) as largest:
         for tensors in inputs:
             module(**tensors)
     for hook in hooks:
@@ -122,6 +123,7 @@ def quant_plan(family: Family, module: Any, denoiser: Any, inputs: list[Mapping[
         },
         {name: "sensitive" for name in skip},
         "float16",
+        attentions=scales(largest),
     )
 
 
