@@ -21,30 +21,15 @@ from compress.passes.base import PassContext
 from compress.passes.quantize import Quantize
 from compress.quantization.attention import attentions, intercept, rounding
 from compress.quantization.fake_quantize import fake_quantized
-from compress.sampler import compile_sampler
 from export.backends import available, backend
 from export.qdq import LoweringError, lower
 from export.quant_plan import AttentionQuant, QuantPlan, QuantPlanError
-from export.step_plan import Segment
+from export.target import TARGETS
 from export.to_onnx import export_module, strip_metadata
+from tests.tiny_engine import sampled
 
 FAMILIES = ("unet", "sd3", "dit", "pixart")
 CONTEXT = PassContext(("a red circle", "a ring"), 0, 16, 16)
-
-
-def planned(model: LatentDiffusion) -> LatentDiffusion:
-    """The model with a plan of two steps, so that it can be calibrated."""
-    segments, paths, slots = model.family.segments(model.denoiser, None)
-    model.step_plan = compile_sampler(
-        model.scheduler_config["_class_name"],
-        model.scheduler_config,
-        2,
-        3.0,
-        segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
-        paths=paths,
-        slots=slots,
-    )
-    return model
 
 
 def denoiser(model: LatentDiffusion, component: Any, batch: int = 2) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -99,7 +84,7 @@ def test_rounding_replaces_query_and_key_given_either_way() -> None:
 def test_the_lowered_graph_computes_what_is_simulated(
     family: str, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = planned(load(tiny_folder(family)))
+    model = sampled(load(tiny_folder(family)), steps=2)
     names = attentions(model.denoiser)
     quants = observe_attention(model, names, CONTEXT)
     # Coarse, so that what is tested is not lost in rounding noise.
@@ -141,7 +126,7 @@ def test_the_lowered_graph_computes_what_is_simulated(
 
 
 def test_the_pass_plans_calibrates_and_checks_attention(tiny_folder: Callable[[str], Path]) -> None:
-    model = planned(load(tiny_folder("sd3")))
+    model = sampled(load(tiny_folder("sd3")), steps=2)
     step = Quantize("int8-w8a8", attention="int8-qk", bias_correction=False)
     edits = step.plan(model, [])
     names = attentions(model.denoiser)
@@ -165,6 +150,29 @@ def test_attention_wants_a_denoiser_that_computes_in_integers(tiny_folder: Calla
         Quantize("int8-w8a32", attention="int8-qk").plan(model, [])
 
 
+def test_attention_wants_a_target_that_gains_from_it(tiny_folder: Callable[[str], Path]) -> None:
+    model, step = load(tiny_folder("unet")), Quantize("int8-w8a8", attention="int8-qk")
+    with pytest.raises(RefusedError, match="gains nothing on onnxruntime-cpu"):
+        step.plan(model, [TARGETS["onnxruntime-cpu"]])
+    reasons = {edit.reason for edit in step.plan(model, list(TARGETS.values())) if edit.action == "int8-qk"}
+    assert reasons == {"attention is int8-qk (on openvino-cpu)"}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_is_refused(bad: float, tiny_folder: Callable[[str], Path]) -> None:
+    model = sampled(load(tiny_folder("sd3")), steps=2)
+    names = attentions(model.denoiser)
+    model.denoiser.get_submodule(f"{names[1]}.to_q").bias.data[0] = bad
+    with pytest.raises(PassError, match="is not finite in the uncompressed model"):
+        observe_attention(model, names, CONTEXT)
+
+
+def test_attention_that_is_not_in_the_network_is_refused(tiny_folder: Callable[[str], Path]) -> None:
+    plan = QuantPlan({}, attentions={"nowhere": AttentionQuant("int8-qk", 1.0, 1.0)})
+    with pytest.raises(PassError, match="names 'nowhere', which is not in the network"):
+        fake_quantized(load(tiny_folder("unet")).denoiser, plan)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_scales_are_refused(scale: float) -> None:
     with pytest.raises(QuantPlanError, match=r"attention 'a' has a scale"):
@@ -172,7 +180,7 @@ def test_impossible_scales_are_refused(scale: float) -> None:
 
 
 def test_the_largest_number_seen_just_fits(tiny_folder: Callable[[str], Path]) -> None:
-    model = planned(load(tiny_folder("sd3")))
+    model = sampled(load(tiny_folder("sd3")), steps=2)
     names = attentions(model.denoiser)
     largest = dict.fromkeys(names, (0.0, 0.0))
     undo = []

@@ -17,12 +17,11 @@ from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.passes.base import PassContext
 from compress.passes.quantize import Quantize
 from compress.quantization.fake_quantize import fake_quantized
-from compress.sampler import compile_sampler
 from export.backends import backend
 from export.qdq import LoweringError, lower, require_all
 from export.quant_plan import QuantPlan
-from export.step_plan import Segment
 from export.to_onnx import export_module, strip_metadata
+from tests.tiny_engine import sampled
 
 PARTS = ("unet/denoiser", "sd3/denoiser", "unet/vae_decoder", "unet/text_encoder")
 RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
@@ -84,16 +83,7 @@ def exported(tiny_folder: Callable[[str], Path]) -> Callable[[str], Exported]:
 
 
 def _quantized(model: LatentDiffusion) -> LatentDiffusion:
-    segments, paths, slots = model.family.segments(model.denoiser, None)
-    model.step_plan = compile_sampler(
-        model.scheduler_config["_class_name"],
-        model.scheduler_config,
-        2,
-        3.0,
-        segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
-        paths=paths,
-        slots=slots,
-    )
+    sampled(model, steps=2)
     step = Quantize("int8-w8a8", bias_correction=False)
     step.apply(model, step.plan(model, []), PassContext(("a red circle", "a ring"), 0, 16, 16))
     return model

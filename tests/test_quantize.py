@@ -18,28 +18,13 @@ from compress.passes.quantize import LayerRule, Quantize
 from compress.quantization.brevitas_layers import calibrated_grids, set_grids, weight_scales, with_brevitas_layers
 from compress.quantization.fake_quantize import fake_quantized, round_to
 from compress.quantization.observers import HALF, Histogram
-from compress.sampler import compile_sampler
 from export.quant_plan import Affine, LayerQuant, QuantPlan
-from export.step_plan import Segment
+from tests.tiny_engine import sampled
 
 STEPS = 2
 PROMPTS = ("a red circle", "large blue square")
 CLASSES = (3, 7)
 SIZE = 16
-
-
-def with_step_plan(model: LatentDiffusion) -> LatentDiffusion:
-    segments, paths, slots = model.family.segments(model.denoiser, model.cut)
-    model.step_plan = compile_sampler(
-        model.scheduler_config["_class_name"],
-        model.scheduler_config,
-        STEPS,
-        3.0,
-        segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
-        paths=paths,
-        slots=slots,
-    )
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +34,7 @@ def models(tiny_folder: Callable[[str], Path]) -> Callable[[str], LatentDiffusio
 
     def get(family: str) -> LatentDiffusion:
         if family not in loaded:
-            loaded[family] = with_step_plan(load(tiny_folder(family)))
+            loaded[family] = sampled(load(tiny_folder(family)), STEPS)
         return loaded[family]
 
     return get

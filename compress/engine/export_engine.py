@@ -384,7 +384,6 @@ def _prove_kernels(
         for done, job in enumerate(planned):
             progress(f"executed kernels of {name}", done, len(planned))
             nodes = lowered[job.function, row.dialect].nodes
-            products = nodes["attention"]
             expected = sum(count for kind, count in nodes.items() if kind != "weight only")
             if not expected:
                 continue
@@ -392,7 +391,7 @@ def _prove_kernels(
             options = row.options.get(job.function, {})
             kernels = backend(row.backend).executed_kernels(folder / row.graphs[job.function], arrays, options)
             ran = Counter((kernel.operation, kernel.precision) for kernel in kernels.values())
-            kinds = INTEGER_KERNELS | (ATTENTION_KERNELS if products else set())
+            kinds = INTEGER_KERNELS | (ATTENTION_KERNELS if nodes["attention"] else set())
             integer = sum(n for (kind, precision), n in ran.items() if kind in kinds and precision == "int8")
             if integer < expected:
                 raise PassError(

@@ -110,15 +110,10 @@ class Quantize(Pass):
             if part not in known:
                 raise RefusedError(f"quantize.parts: {unknown(part, 'a part of this model', known)}")
         matched: set[int] = set()
-        if self.attention != "none" and not self._part_scheme("denoiser").is_calibrated:
-            raise RefusedError(
-                f"quantize.attention is {self.attention}, but the denoiser is {self._part_scheme('denoiser').name}: "
-                "8-bit queries and keys need a denoiser that computes in 8 bits; write attention: none"
-            )
         edits = [
             edit for part, module in known.items() for edit in self._plan_part(model, part, module.component, matched)
         ]
-        edits += self._plan_attention(model)
+        edits += self._plan_attention(model, targets)
         for i, rule in enumerate(self.layers):
             if i not in matched:
                 raise RefusedError(
@@ -156,11 +151,26 @@ class Quantize(Pass):
         action = f"{STORE}{_storage(default)}"
         return [*edits, Edit(self.name, part, action, before, before - 2 * halved, "norms, biases, embeddings")]
 
-    def _plan_attention(self, model: LatentDiffusion) -> list[Edit]:
+    def _plan_attention(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
         from compress.quantization.attention import attentions
 
-        names = attentions(model.denoiser) if self.attention != "none" else []
-        return [Edit(self.name, f"denoiser.{name}", QK, 0, 0, f"attention is {QK}") for name in names]
+        if self.attention == "none":
+            return []
+        whole = self._part_scheme("denoiser")
+        if not whole.is_calibrated:
+            raise RefusedError(
+                f"quantize.attention is {self.attention}, but the denoiser is {whole.name}: "
+                "8-bit queries and keys need a denoiser that computes in 8 bits; write attention: none"
+            )
+        able = [row.name for row in targets if self.attention in row.formats]
+        if targets and not able:
+            others = ", ".join(row.name for row in targets)
+            raise RefusedError(
+                f"quantize.attention is {self.attention}, which gains nothing on {others}: "
+                "write attention: none, or add the target openvino-cpu"
+            )
+        reason = f"attention is {QK}" + (f" (on {', '.join(able)})" if able else "")
+        return [Edit(self.name, f"denoiser.{name}", QK, 0, 0, reason) for name in attentions(model.denoiser)]
 
     def _special(self, model: LatentDiffusion, part: str, component: nn.Module) -> dict[str, tuple[Scheme, str]]:
         """Layer -> the scheme it gets whatever its part gets, and why."""

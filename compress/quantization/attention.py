@@ -51,13 +51,20 @@ def intercept(attention: nn.Module, change: Change) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def observed(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[float, float]]]:
-    """Collect name -> the largest absolute query and key of attention modules, while the context lasts."""
+    """Collect name -> the largest absolute query and key of attention modules, while the context lasts.
+
+    Raises:
+        PassError: at the call, where one is not finite.
+    """
     largest: dict[str, tuple[float, float]] = {}
 
     def watch(name: str) -> Change:
         def change(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            found = (float(query.abs().max()), float(key.abs().max()))
+            if not all(math.isfinite(number) for number in found):
+                raise PassError(f"a query or key of {name} is not finite in the uncompressed model")
             before = largest.get(name, (0.0, 0.0))
-            largest[name] = (max(before[0], float(query.abs().max())), max(before[1], float(key.abs().max())))
+            largest[name] = (max(before[0], found[0]), max(before[1], found[1]))
             return query, key
 
         return change
@@ -69,14 +76,7 @@ def observed(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tup
 
 
 def scales(largest: Mapping[str, tuple[float, float]]) -> dict[str, AttentionQuant]:
-    """Name -> scales at which the largest numbers just fit: it is they that decide where attention goes.
-
-    Raises:
-        PassError: one of them is not finite.
-    """
-    for name, numbers in largest.items():
-        if not all(math.isfinite(number) for number in numbers):
-            raise PassError(f"a query or key of {name} is not finite in the uncompressed model")
+    """Name -> scales at which the largest numbers just fit: it is they that decide where attention goes."""
     return {
         name: AttentionQuant("int8-qk", max(query, 1e-6) / 127, max(key, 1e-6) / 127)
         for name, (query, key) in largest.items()

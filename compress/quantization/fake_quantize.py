@@ -28,16 +28,13 @@ def fake_quantized(module: nn.Module, plan: QuantPlan, *, dialect: str | None = 
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     quantized = copy.deepcopy(module, shared)
     for name, quant in plan.layers.items():
-        try:
-            layer = quantized.get_submodule(name)
-        except AttributeError:
-            raise PassError(f"the quantization plan names {name!r}, which is not in the network") from None
+        layer = _submodule(quantized, name)
         if not isinstance(layer, nn.Conv2d if quant.op == "conv" else nn.Linear):
             raise PassError(f"the quantization plan has {name!r} as {quant.op}, but it is a {type(layer).__name__}")
         _round_layer(layer, quant, dialect is None or DIALECTS[dialect].conv_output)
     if dialect is None or DIALECTS[dialect].attention:
         for name, attention in plan.attentions.items():
-            intercept(quantized.get_submodule(name), rounding(attention))
+            intercept(_submodule(quantized, name), rounding(attention))
     if plan.storage == "float16":
         _halve(quantized, {f"{name}.weight" for name in plan.layers})
     return quantized
@@ -53,6 +50,13 @@ def rounded_weight(weight: Tensor, quant: LayerQuant) -> Tensor:
     """The float values of the int8 weight, (out_channels, ...)."""
     scale = torch.tensor(quant.weight_scale).reshape(-1, *(1,) * (weight.ndim - 1))
     return torch.clamp(torch.round(weight.detach().float() / scale), -127, 127) * scale
+
+
+def _submodule(network: nn.Module, name: str) -> nn.Module:
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        raise PassError(f"the quantization plan names {name!r}, which is not in the network") from None
 
 
 def _round_layer(layer: nn.Module, quant: LayerQuant, conv_outputs: bool) -> None:
