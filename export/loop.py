@@ -1,4 +1,4 @@
-"""The denoising loop: rows of a step plan over named functions, slots and histories in buffers made once."""
+"""The denoising loop: the linear updates of a step plan around its network calls, in buffers made once."""
 
 from __future__ import annotations
 
@@ -8,42 +8,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from export.step_plan import Step, StepPlan
+from export.guidance import guide
+from export.memory import Fallback
+from export.network import Network
+from export.plan_rows import Step
+from export.program import PartFunction, Row, look_up
+from export.resample import level_size, risen
+from export.slots import Slots
+from export.step_plan import StepPlan
 
-PartFunction = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-"""Named arrays in, named arrays out. It neither writes to its inputs nor keeps them, nor changes its outputs later."""
+__all__ = ["Draw", "Fallback", "Inpainting", "Loop", "OnStep", "PartFunction", "Row", "look_up", "noised"]
 
 OnStep = Callable[[int, np.ndarray, dict[str, np.ndarray]], None]
 """Called with (row, latents after it, its tensors: inputs and everything computed, both guidance halves)."""
 
-
-@dataclass(frozen=True)
-class Read:
-    """A slot read: `tensor` becomes the forecast from `slot` (plus the tensor `base` of a residual slot)."""
-
-    tensor: str
-    base: str | None
-    slot: str
-    alphas: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a plan with its names looked up.
-
-    Attributes:
-        step: the row itself.
-        calls: (function, inputs, reads to do first, outputs) of every segment in order.
-        both: whether both guidance halves run.
-        late: reads that no segment waits for.
-        writes: (slot, tensor, base).
-    """
-
-    step: Step
-    calls: tuple[tuple[PartFunction, tuple[str, ...], tuple[Read, ...], tuple[str, ...]], ...]
-    both: bool
-    late: tuple[Read, ...]
-    writes: tuple[tuple[str, str, str | None], ...]
+Draw = Callable[[int, tuple[int, ...]], np.ndarray]
+"""Standard-normal noise by (draw number, shape); row k draws number k + 1, see `export.noise` and `export.resample`."""
 
 
 @dataclass(frozen=True)
@@ -55,45 +35,25 @@ class Inpainting:
     noise: np.ndarray
 
 
-def look_up(plan: StepPlan, functions: Mapping[str, PartFunction]) -> list[Row]:
-    """Resolve the names of every row. A row that reads an output slot runs no segment."""
-    rows = []
-    for step, both in zip(plan.steps, _both_halves(plan), strict=True):
-        waiting = [Read(plan.slots[k].tensor, plan.slots[k].base, k, alphas) for k, alphas in step.read.items()]
-        skipped = any(plan.slots[name].kind == "output" for name in step.read)
-        calls = []
-        for name in () if skipped else plan.paths[step.path]:
-            segment = plan.segments[name]
-            now = tuple(read for read in waiting if read.tensor in segment.inputs)
-            waiting = [read for read in waiting if read not in now]
-            calls.append((functions[name], segment.inputs, now, segment.outputs))
-        writes = tuple((name, plan.slots[name].tensor, plan.slots[name].base) for name in step.write)
-        rows.append(Row(step, tuple(calls), both, tuple(waiting), writes))
-    return rows
-
-
-def _both_halves(plan: StepPlan) -> list[bool]:
-    """Whether each row runs both guidance halves: it is guided, or such a row reads a slot value that it wrote."""
-    both = [step.guidance == "cfg" for step in plan.steps]
-    writers: dict[str, deque[int]] = {name: deque(maxlen=slot.history) for name, slot in plan.slots.items()}
-    sources: list[list[int]] = []
-    for row, step in enumerate(plan.steps):
-        sources.append([at for name, alphas in step.read.items() for at in list(writers[name])[: len(alphas)]])
-        for name in step.write:
-            writers[name].appendleft(row)
-    for row in reversed(range(len(both))):
-        if both[row]:
-            for at in sources[row]:
-                both[at] = True
-    return both
-
-
 class Loop:
-    """Runs looked-up rows. Coefficients are float64, sums are taken in float64, and latents are stored as float32."""
+    """Runs looked-up rows. Coefficients are float64, sums are taken in float64, and latents are stored as float32.
+
+    Attributes:
+        slots: what is kept between calls; one run at a time uses them.
+        fallbacks: the rows of the last run that ran the full path because a slot could not be read.
+    """
 
     def __init__(
-        self, plan: StepPlan, rows: Sequence[Row], latent_input: str, timestep_rank: int, timestep_dtype: np.dtype
+        self,
+        plan: StepPlan,
+        rows: Sequence[Row],
+        latent_input: str,
+        timestep_rank: int,
+        timestep_dtype: np.dtype,
+        slots: Slots | None = None,
     ) -> None:
+        self.slots = Slots(plan.slots) if slots is None else slots
+        self.fallbacks: list[Fallback] = []
         self._plan = plan
         self._rows = rows
         self._latent_input = latent_input
@@ -104,9 +64,10 @@ class Loop:
         self,
         first: np.ndarray,
         halves: Mapping[bool, Mapping[str, np.ndarray]],
-        draw: Callable[[int], np.ndarray],
+        draw: Draw,
         inpainting: Inpainting | None = None,
         on_step: OnStep | None = None,
+        size: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """Run all rows.
 
@@ -114,58 +75,84 @@ class Loop:
             first: float32 latents (samples, channels, h, w) before the first row; not changed.
             halves: the conditioning tensors of the conditional half (False) and of both halves, unconditional
                 first (True).
-            draw: the noise of a row, of the shape of `first`.
+            draw: see `Draw`.
             inpainting: what to keep of a picture.
-            on_step: see `OnStep`; it gets copies.
+            on_step: see `OnStep`; it gets copies. A gated row adds `gate`, the values compared with the threshold
+                (samples,), and `gate_full`, the samples that took the full path (samples,) bool; tensors that
+                were computed for some samples alone are left out there.
+            size: height and width of the latent at level 1; None where no row has another level.
 
         Returns:
             The latents after the last row.
         """
-        samples, shape = first.shape[0], first.shape
-        keep_x, keep_m = self._plan.history()
-        latents, outputs = _History(keep_x, shape), _History(keep_m, shape)
-        latents.push()[...] = first
-        total, term = np.empty(shape, np.float64), np.empty(shape, np.float64)
-        batch = np.empty((2 * samples, *shape[1:]), np.float32)
-        times = np.empty(2 * samples, self._timestep_dtype)
-        slots = {name: deque[np.ndarray](maxlen=slot.history) for name, slot in self._plan.slots.items()}
-        for at, row in enumerate(self._rows):
-            step = row.step
-            size = 2 * samples if row.both else samples
-            np.multiply(latents[0], np.float32(step.input_scale), out=batch[:samples])
-            if row.both:
-                batch[samples:] = batch[:samples]
-            times[:size] = step.t
-            tensors = dict(halves[row.both])
-            tensors[self._latent_input] = batch[:size]
-            tensors["timestep"] = times[:size] if self._timestep_rank else times[0]
-            raw = self._network(row, tensors, slots, size)
-            _guide(raw, step, samples, outputs.push())
-            _update(step, latents, outputs, draw(at) if step.noise else None, total, term)
-            after = latents.push()
-            after[...] = total
-            if inpainting is not None:
-                following = self._rows[at + 1].step if at + 1 < len(self._rows) else None
-                _keep(inpainting, following, after)
-            if on_step is not None:
-                on_step(at, after.copy(), {name: np.array(value) for name, value in tensors.items()})
-        return latents[0].copy()
+        size = size or (first.shape[2], first.shape[3])
+        self.slots.begin()
+        network = Network(
+            self._plan,
+            self._rows,
+            self.slots,
+            halves,
+            first.shape,
+            self._latent_input,
+            self._timestep_rank,
+            self._timestep_dtype,
+        )
+        self.fallbacks = network.fallbacks
+        state = _State(self._plan.history(), first)
+        at = 0
+        while at < len(self._rows):
+            row = self._rows[at]
+            if row.rise:
+                larger = risen(state.latents[0], row.step, at, level_size(size, row.step.level), draw)
+                state = _State(self._plan.history(), larger)
+                network.resized(larger.shape)
+            called = network.call(at, state.latents[0], on_step is not None)
+            for result in called:
+                step = self._rows[at].step
+                if on_step is not None and len(called) > 1:
+                    network.give_latent(at, result, state.latents[0])
+                guide(result.halves, step, state.outputs.push())
+                after = state.update(step, draw(at + 1, state.shape) if step.noise else None)
+                if inpainting is not None:
+                    following = self._rows[at + 1].step if at + 1 < len(self._rows) else None
+                    _keep(inpainting, following, after)
+                if on_step is not None:
+                    on_step(at, after.copy(), result.copies())
+                at += 1
+        return state.latents[0].copy()
 
-    def _network(
-        self, row: Row, tensors: dict[str, np.ndarray], slots: Mapping[str, deque[np.ndarray]], size: int
-    ) -> np.ndarray:
-        """Run the path of a row; `tensors` gains every tensor computed, the slots what the row writes."""
-        for function, inputs, reads, outputs in row.calls:
-            for read in reads:
-                tensors[read.tensor] = _forecast(read, slots[read.slot], tensors, size)
-            computed = function({name: tensors[name] for name in inputs})
-            for name in outputs:
-                tensors[name] = computed[name]
-        for read in row.late:
-            tensors[read.tensor] = _forecast(read, slots[read.slot], tensors, size)
-        for slot, tensor, base in row.writes:
-            slots[slot].appendleft(np.array(tensors[tensor]) if base is None else tensors[tensor] - tensors[base])
-        return tensors[self._plan.output]
+
+class _State:
+    """The latents and network outputs that updates look back to."""
+
+    def __init__(self, history: tuple[int, int], first: np.ndarray) -> None:
+        self.shape = first.shape
+        self.latents, self.outputs = _History(history[0], self.shape), _History(history[1], self.shape)
+        self.latents.push()[...] = first
+        self._first = first
+        self._total, self._term = np.empty(self.shape, np.float64), np.empty(self.shape, np.float64)
+
+    def update(self, step: Step, noise: np.ndarray | None) -> np.ndarray:
+        """Push the latent after a row.
+
+        Copying to float64 before multiplying is several times faster than a multiplication that casts.
+        """
+        self._total.fill(0.0)
+        for history, coefficients in ((self.latents, step.x), (self.outputs, step.m)):
+            for lag, coefficient in coefficients.items():
+                self._add(history[lag], coefficient)
+        if noise is not None:
+            self._add(noise, step.noise)
+        if step.initial:
+            self._add(self._first, step.initial)
+        after = self.latents.push()
+        after[...] = self._total
+        return after
+
+    def _add(self, array: np.ndarray, coefficient: float) -> None:
+        self._term[...] = array
+        np.multiply(self._term, coefficient, out=self._term)
+        np.add(self._total, self._term, out=self._total)
 
 
 class _History:
@@ -181,45 +168,6 @@ class _History:
 
     def __getitem__(self, lag: int) -> np.ndarray:
         return self._kept[lag]
-
-
-def _guide(raw: np.ndarray, step: Step, samples: int, out: np.ndarray) -> None:
-    """Classifier-free guidance of a network output whose last `samples` rows are the conditional half."""
-    if step.guidance == "cfg":
-        np.subtract(raw[samples:], raw[:samples], out=out)
-        out *= np.float32(step.guidance_scale)
-        out += raw[:samples]
-    else:
-        out[...] = raw[-samples:]
-
-
-def _update(
-    step: Step, latents: _History, outputs: _History, noise: np.ndarray | None, total: np.ndarray, term: np.ndarray
-) -> None:
-    """Sum the next latent up in `total`; `term` is scratch space.
-
-    Copying to float64 before multiplying is several times faster than a multiplication that casts.
-    """
-    total.fill(0.0)
-    for history, coefficients in ((latents, step.x), (outputs, step.m)):
-        for lag, coefficient in coefficients.items():
-            term[...] = history[lag]
-            np.multiply(term, coefficient, out=term)
-            np.add(total, term, out=total)
-    if noise is not None:
-        term[...] = noise
-        np.multiply(term, step.noise, out=term)
-        np.add(total, term, out=total)
-
-
-def _forecast(read: Read, kept: deque[np.ndarray], tensors: Mapping[str, np.ndarray], size: int) -> np.ndarray:
-    """`sum_i alphas[i] * kept[i]` (+ base), of the last `size` rows: the conditional half where only that one runs."""
-    value = kept[0][-size:]
-    if read.alphas != (1.0,):
-        value = value * np.float32(read.alphas[0])
-        for lag, alpha in enumerate(read.alphas[1:], start=1):
-            value += kept[lag][-size:] * np.float32(alpha)
-    return value if read.base is None else tensors[read.base] + value
 
 
 def _keep(inpainting: Inpainting, following: Step | None, latents: np.ndarray) -> None:

@@ -12,6 +12,8 @@ from export import conditioning as text
 from export.loop import Inpainting, Loop, OnStep, PartFunction, Row, look_up, noised
 from export.noise import INITIAL, noise
 from export.picture import from_pictures, to_pictures
+from export.resample import RISE, fits, level_size
+from export.slots import Slots
 from export.start import start_row, started_at
 from export.step_plan import StepPlan, StepPlanError
 
@@ -48,6 +50,10 @@ class Runtime:
     Guided rows run [unconditional; conditional] as one batch, as diffusers does. In a row without guidance only the
     conditional half runs, unless a slot it fills is read by a guided row later. Samples never mix: a sample is the
     same alone and in a batch, as far as the functions are.
+
+    Attributes:
+        fallbacks: how many rows, over all runs, took the full path because a slot could not be read; 0 unless
+            something is wrong, since a valid plan reads only what it wrote.
     """
 
     def __init__(
@@ -76,16 +82,16 @@ class Runtime:
 
         Raises:
             StepPlanError: the plan contradicts itself.
-            RuntimeInputError: a function is missing.
+            RuntimeInputError: a function is missing, or rows span where there is one timestep for the whole batch.
         """
-        plan.validate()
+        self.latent_input = latent_input or plan.latent_input
+        plan.validate(latent_input=self.latent_input)
         self.plan = plan
         self.functions = dict(functions)
         self.conditioning = dict(conditioning)
         self.latent = latent
         self.tokenizers = dict(tokenizers or {})
         inputs = {name for segment in plan.segments.values() for name in segment.inputs}
-        self.latent_input = latent_input or ("sample" if "sample" in inputs else "hidden_states")
         if self.latent_input not in inputs:
             raise RuntimeInputError(f"no segment of the plan takes the latent {self.latent_input!r}")
         missing = sorted({name for path in plan.paths.values() for name in path} - set(functions))
@@ -95,8 +101,11 @@ class Runtime:
         self._given = inputs - produced - {self.latent_input, "timestep"}
         self._timestep_rank = timestep_rank
         self._timestep_dtype = np.dtype(timestep_dtype)
-        self._full = "full" if "full" in plan.paths else next(iter(plan.paths))
+        if not timestep_rank:
+            _refuse_spans(plan)
+        self.fallbacks = 0
         self._programs: dict[int, tuple[StepPlan, list[Row]]] = {}
+        self._idle_slots: list[Slots] = []
 
     def altered(self, plan: StepPlan | None = None, functions: Mapping[str, PartFunction] | None = None) -> Runtime:
         """The same runtime over another plan of the same segments, or over other functions."""
@@ -148,7 +157,9 @@ class Runtime:
             width: likewise.
             negative_prompts: what guidance leads away from; None is the empty prompt (or the null class).
             noise: the initial standard-normal noise (samples, channels, h, w), or a function of (draw, shape) where
-                draw 0 is the initial noise and draw k + 1 belongs to row k; None draws from the seeds.
+                draw 0 is the initial noise, draw k + 1 belongs to row k, and draw `export.resample.RISE + k` to a
+                level that rises at row k; None draws from the seeds. Where the plan begins at a lower level, the
+                initial noise is that small.
             strength: image-to-image: chooses `start_step` as diffusers does.
             start_step: image-to-image: the row to begin at.
             image_latents: (samples or 1, channels, h, w) of the picture to begin from, see `encode_image`.
@@ -166,7 +177,10 @@ class Runtime:
         plan, rows = self._program(start)
         cond, samples = self._conditioned(prompts)
         shape = self._shape(samples, height, width, noise, image_latents)
-        draw = self._noise_source(noise, seeds, shape, start, rows)
+        size = shape[2], shape[3]
+        self._check_levels(plan, size, image_latents)
+        first_shape = (*shape[:2], *level_size(size, rows[0].step.level))
+        draw = self._noise_source(noise, seeds, first_shape, start, rows)
         guided = any(row.both for row in rows)
         halves = {False: cond, True: self._guided(cond, samples, negative_prompts) if guided else cond}
         image = None if image_latents is None else self._fitting("image_latents", image_latents, shape)
@@ -174,14 +188,21 @@ class Runtime:
             if image is None:
                 raise RuntimeInputError("a mask needs image_latents to keep where it is 0")
             mask = self._fitting("mask", mask, shape)
-        start_noise = np.asarray(draw(INITIAL, shape), np.float32)
+        start_noise = np.asarray(draw(INITIAL, first_shape), np.float32)
         if image is None or (mask is not None and start == 0):
             first = np.float32(plan.init_noise_sigma) * start_noise
         else:
             first = noised(image, start_noise, rows[0].step)
         keep = None if mask is None or image is None else Inpainting(image, mask, start_noise)
-        loop = Loop(plan, rows, self.latent_input, self._timestep_rank, self._timestep_dtype)
-        return loop.run(first, halves, lambda row: draw(start + row + 1, shape), keep, _shifted(on_step, start))
+        slots = self._idle_slots.pop() if self._idle_slots else Slots(plan.slots)
+        loop = Loop(plan, rows, self.latent_input, self._timestep_rank, self._timestep_dtype, slots)
+        try:
+            return loop.run(
+                first, halves, lambda at, want: draw(start + at, want), keep, _shifted(on_step, start), size
+            )
+        finally:
+            self.fallbacks += len(loop.fallbacks)
+            self._idle_slots.append(slots)
 
     def denoise(self, latents: np.ndarray, t: float | np.ndarray, conditioning: Prompts | Conditioning) -> np.ndarray:
         """The network output of the whole denoiser at `latents`, without guidance or input scaling (the score oracle).
@@ -222,7 +243,7 @@ class Runtime:
         tensors = {**cond, self.latent_input: latents}
         tensors["timestep"] = np.array(np.broadcast_to(times, (samples,))) if self._timestep_rank else times
         computed: dict[str, np.ndarray] = {}
-        for name in self.plan.paths[self._full]:
+        for name in self.plan.paths[self.plan.full_path]:
             segment = self.plan.segments[name]
             result = self.functions[name]({key: tensors[key] for key in segment.inputs})
             computed.update({key: result[key] for key in segment.outputs})
@@ -281,7 +302,7 @@ class Runtime:
     def _program(self, start: int) -> tuple[StepPlan, list[Row]]:
         if start not in self._programs:
             try:
-                plan = started_at(self.plan, start)
+                plan = started_at(self.plan, start, self.latent_input)
             except StepPlanError as error:
                 raise RuntimeInputError(str(error)) from error
             self._programs[start] = plan, look_up(plan, self.functions)
@@ -318,15 +339,30 @@ class Runtime:
         image: np.ndarray | None,
     ) -> tuple[int, ...]:
         step = self.latent.downscale * self.latent.multiple
-        like = noise if isinstance(noise, np.ndarray) else image
+        like, level = (noise, self.plan.steps[0].level) if isinstance(noise, np.ndarray) else (image, 1.0)
         if height is None and width is None and like is not None and np.ndim(like) == 4:
-            height, width = (self.latent.downscale * size for size in np.shape(like)[-2:])
+            height, width = (self.latent.downscale * round(size / level) for size in np.shape(like)[-2:])
         if height is None or width is None:
             raise RuntimeInputError("give height and width in pixels")
         for name, value in (("height", height), ("width", width)):
             if not isinstance(value, int | np.integer) or value < step or value % step:
                 raise RuntimeInputError(f"{name} must be a positive multiple of {step} pixels, not {value}")
         return samples, self.latent.channels, height // self.latent.downscale, width // self.latent.downscale
+
+    def _check_levels(self, plan: StepPlan, size: tuple[int, int], image: np.ndarray | None) -> None:
+        for row, step in enumerate(plan.steps):
+            if step.level == 1.0:
+                return
+            if image is not None:
+                raise RuntimeInputError(
+                    f"a picture cannot be begun from or kept: this plan samples at a lower level ({step.level:g}) first"
+                )
+            if not fits(size, step.level, self.latent.multiple):
+                height, width = (self.latent.downscale * side for side in size)
+                raise RuntimeInputError(
+                    f"{height} x {width} pixels at level {step.level:g} (row {row}) are no whole multiple of "
+                    f"{self.latent.downscale * self.latent.multiple} pixels; take another size"
+                )
 
     def _noise_source(
         self,
@@ -337,9 +373,10 @@ class Runtime:
         rows: Sequence[Row],
     ) -> Callable[[int, tuple[int, ...]], np.ndarray]:
         draws = [INITIAL, *(start + at + 1 for at, row in enumerate(rows) if row.step.noise)]
+        draws += [start + RISE + at for at, row in enumerate(rows) if row.rise]
         initial = self._fitting("noise", given, shape, exact=True) if isinstance(given, np.ndarray) else None
         if callable(given):
-            return lambda row, size: self._fitting(f"noise of draw {row}", given(row, size), shape, exact=True)
+            return lambda row, size: self._fitting(f"noise of draw {row}", given(row, size), size, exact=True)
         if seeds is None and (initial is None or len(draws) > 1):
             raise RuntimeInputError("give one seed per sample")
         if seeds is not None and (
@@ -364,6 +401,15 @@ class Runtime:
         if not broadcasts:
             raise RuntimeInputError(f"{name} must have the shape {shape}, not {array.shape}")
         return array
+
+
+def _refuse_spans(plan: StepPlan) -> None:
+    """One timestep for the whole batch cannot be the timesteps of several rows."""
+    for row, step in enumerate(plan.steps):
+        if step.span > 1 and any("timestep" in plan.segments[name].inputs for name in plan.paths[step.path]):
+            raise RuntimeInputError(
+                f"step {row} spans {step.span} rows, but this denoiser takes one timestep for the whole batch"
+            )
 
 
 def _plain(tensors: Conditioning) -> dict[str, np.ndarray]:

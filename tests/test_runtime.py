@@ -20,6 +20,7 @@ import export.loop
 from compress.model import latent_diffusion as models
 from compress.model.tokenizers import portable
 from compress.sampler import compile_sampler
+from export.memory import Memory
 from export.noise import INITIAL, noise
 from export.picture import from_pictures, to_pictures
 from export.runtime import LatentSpec, Runtime, RuntimeInputError
@@ -299,8 +300,8 @@ def _pil(arrays: np.ndarray) -> Iterator[Any]:
 
 def test_score_oracle_and_features(tiny_folder: Folder) -> None:
     model = models.load(tiny_folder("unet"))
-    model.cut = 1
-    segments, paths, slots = model.family.segments(model.denoiser, 1)
+    model.layout = model.family.cut_layout(model.denoiser, 1)
+    segments, paths, slots = model.family.segments(model.denoiser, model.layout)
     named = {segment.name: Segment(segment.inputs, segment.outputs) for segment in segments}
     plan = compile_sampler("DDIMScheduler", NO_CLIP, 2, 3.0, segments=named, paths=paths, slots=slots)
     tokenizers = {name: portable(tokenizer) for name, tokenizer in model.tokenizers.items()}
@@ -754,10 +755,6 @@ def test_a_broken_loop_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return worst
 
     assert worst() == 0.0
-    right = export.loop._forecast
-    monkeypatch.setattr(
-        export.loop,
-        "_forecast",
-        lambda read, kept, tensors, size: right(read, type(kept)(value[::-1] for value in kept), tensors, size),
-    )
+    right = Memory._view
+    monkeypatch.setattr(Memory, "_view", lambda self, value, *more: right(self, value[::-1], *more))
     assert worst() > 1e-2
