@@ -137,8 +137,11 @@ def test_error_is_that_of_the_vectors(features: np.ndarray) -> None:
 
 
 def test_error_is_never_negative(features: np.ndarray) -> None:
-    gram = gram_of(1e8 * features)
-    assert all(forecasts.error(gram, row, [row], (1.0,)) == 0.0 for row in range(12))
+    """Exact forecasts, whose error rounds to a little above or below zero."""
+    generator = np.random.default_rng(4)
+    for alphas in generator.normal(size=(50, 3)):
+        features[8] = np.tensordot(alphas, features[[5, 3, 2]], axes=1)
+        assert 0.0 <= forecasts.error(gram_of(features), 8, [5, 3, 2], alphas.tolist()) < 1e-12
 
 
 def test_least_squares_is_the_best_linear_forecast(features: np.ndarray) -> None:

@@ -99,6 +99,14 @@ def test_latencies_that_are_no_multiples_stay_within_the_budget() -> None:
         assert best - 1e-12 <= found.error <= close + 1e-12
 
 
+@pytest.mark.parametrize("price", [0.01, 0.05, 0.2, 0.8])
+def test_the_hull_is_kept_where_units_are_too_coarse(price: float) -> None:
+    """A budget of exactly the latency of a path of the hull leaves nothing for rounding up, and still finds it."""
+    choices = replace(some_choices(14, 2), full_latency=(0.7131, 1.0), cached_latency=(0.2937, 0.1172))
+    best = path_at_price(choices, price)
+    assert path_within(choices, best.latency).error == pytest.approx(best.error, abs=1e-12)
+
+
 def test_what_was_not_measured_is_not_used() -> None:
     choices = some_choices(6, 3)
     forecast = choices.forecast_error.copy()
@@ -161,4 +169,4 @@ def test_raises_on_shapes_and_limits() -> None:
         ({"max_jump": 0}, "max_jump 0"),
     ):
         with pytest.raises(PassError, match=reason):
-            replace(choices, **change)  # type: ignore[arg-type]
+            replace(choices, **change)

@@ -33,6 +33,13 @@ def test_signed_power_as_published() -> None:
     assert schedules.signed_power(12, 4, power=1.0) == [0, 3, 6, 9]
 
 
+def test_signed_power_is_lowered_only_until_no_rows_coincide() -> None:
+    crowded = schedules.signed_power(50, 25)
+    assert crowded == [0, 3, 5, 7, 9, 11, 12, 14, 15, 16, 17, 19, 21, 23, 25, 27, 29, 31, 33, 36, 38, 40, 42, 45, 47]
+    assert crowded != list(range(0, 50, 2))
+    assert schedules.signed_power(50, 50) == list(range(50))
+
+
 def test_signed_power_gives_every_number_of_rows() -> None:
     for calls in range(1, 61):
         for number in range(1, calls + 1):
@@ -155,6 +162,11 @@ def test_step_mask(name: str, mask: str) -> None:
         rows = schedules.step_mask(name, calls)
         assert (rows[0], rows[-1]) == (0, calls - 1)
         assert rows == sorted(set(rows))
+
+
+def test_a_step_mask_keeps_the_head_of_every_full_run() -> None:
+    assert schedules.step_mask("ultra", 8) == [0, 1, 3, 5, 7]
+    assert schedules.step_mask("fast", 14) == [0, 1, 2, 3, 5, 8, 11, 13]
 
 
 def test_masks_grow_faster_in_the_order_of_their_names() -> None:

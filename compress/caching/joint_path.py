@@ -153,8 +153,7 @@ class _Graph:
         g, a, b = np.meshgrid(np.arange(self.points), distances, distances, indexing="ij")
         first, second = g - a, g - a - b
         forecasts = choices.forecast_error[:, np.maximum(second, 0), np.maximum(first, 0), g]
-        impossible = (second < 0) | (a == 0) | ((b == 0) & (first > 0))
-        self.cached = np.where(impossible, np.inf, _measured(forecasts * weights[:, None, None]))
+        self.cached = _measured(forecasts * weights[:, None, None])  # nodes before point 0 are never reached
 
     def search(self, error_scale: float, price: float) -> JointPath:
         """The path of least error_scale x error + price x latency."""

@@ -124,8 +124,8 @@ def key_steps(keys: str | int | Sequence[int], calls: int) -> list[int]:
 def step_mask(name: str, calls: int) -> list[int]:
     """The static mask of cache-dit of that name, stretched in proportion from 28 rows to `calls`.
 
-    A row is full where the row of the 28 it falls on is. The first row of each full run is full at any number of rows,
-    and so is the last row of all.
+    A row is full where the row of the 28 it falls on is. The first row of each full run is full at any number of rows;
+    the last run is the last row of all.
 
     Raises:
         RefusedError: the name is unknown.
@@ -141,7 +141,7 @@ def step_mask(name: str, calls: int) -> list[int]:
         mask += chain([True] * run, [False] * pause)
     total = len(mask)
     falls_on_full = (row for row in range(calls) if mask[row * total // calls])
-    return sorted({*falls_on_full, *(start * calls // total for start in starts), calls - 1})
+    return sorted({*falls_on_full, *(start * calls // total for start in starts)})
 
 
 def _signed(base: float, exponent: float) -> float:
