@@ -87,7 +87,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
 def sample(model: LatentDiffusion, recipe: Recipe) -> None:
     """Compile the recipe's sampler into the model's step plan."""
     name = recipe.sampler.scheduler or model.scheduler_config["_class_name"]
-    segments, paths, slots = model.family.segments(model.denoiser, model.cut)
+    segments, paths, slots = model.family.segments(model.denoiser, model.layout)
     model.step_plan = compile_sampler(
         name,
         model.scheduler_config,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from compress.errors import PassError, RefusedError
-from compress.families import base
+from compress.families import segments
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.model.tokenizers import portable
 from compress.passes.base import PassContext
@@ -87,7 +87,7 @@ def test_rewrites_cut_and_plan(sampled: Sampled, family: str, forecast: Any) -> 
     before = model.step_plan
     assert before is not None
     after = apply(model, Cache(cut=1, interval=3, forecast=forecast))
-    assert model.cut == 1
+    assert model.layout == model.family.cut_layout(model.denoiser, 1)
     assert set(after.segments) == {segment.name for segment in model.segments()}
     assert after.slots["deep"].history == (2 if forecast == "taylor1" else 1)
     for old, new in zip(before.steps, after.steps, strict=True):
@@ -133,7 +133,7 @@ def test_taylor_reuses_until_two_calls_were_full(sampled: Sampled) -> None:
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_runs(sampled: Sampled, family: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime runs the cached plan; all-full rows through the cut equal the uncut model bit for bit."""
-    monkeypatch.setattr(base, "PAIR_SHARE", share)
+    monkeypatch.setattr(segments, "PAIR_SHARE", share)
     model = sampled(family, steps=6)
     original = sample(model)
     plan = apply(model, Cache(cut=1, interval=2))
@@ -166,7 +166,7 @@ def test_edits_say_what_is_saved(sampled: Sampled) -> None:
     assert f"{0.5 * (1 - share):.1%} of all MACs are saved" in cut.reason
     assert "5 of 10 calls" in cut.reason
     assert [edit.module for edit in rows] == ["step 1", "step 3", "step 5", "step 7", "step 9"]
-    assert model.cut is None, "planning must not touch the model"
+    assert model.layout is None, "planning must not touch the model"
     assert model.step_plan is not None
     assert not model.step_plan.slots
 
@@ -210,7 +210,7 @@ def test_check_notices_what_is_wrong(sampled: Sampled) -> None:
     cache = Cache(cut=1, interval=2)
     model = sampled("unet")
     edits = cache.plan(model, [])
-    with pytest.raises(PassError, match="not at 1 as planned"):
+    with pytest.raises(PassError, match="not cut at 1 as planned"):
         cache.check(model, edits)
     cache.apply(model, edits, CONTEXT)
     good = model.step_plan
@@ -231,7 +231,7 @@ def test_survives_saving(sampled: Sampled, tmp_path: Path) -> None:
     apply(model, Cache(cut=2, interval=3, forecast="taylor1"))
     model.save(tmp_path / "cached")
     again = load(tmp_path / "cached")
-    assert again.cut == 2
+    assert again.layout == model.layout
     assert again.step_plan == model.step_plan
     assert again.state_hash() == model.state_hash()
     np.testing.assert_array_equal(sample(again), sample(model))

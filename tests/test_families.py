@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from compress.errors import RefusedError
-from compress.families import FAMILIES, DenoiserSegment, Family, base
+from compress.families import FAMILIES, DenoiserSegment, Family, Layout, segments
+from compress.families.costs import unit_macs
+from compress.families.segments import Unit
 from compress.model.latent_diffusion import load
 from export.step_plan import Segment, Slot, Step, StepPlan
 from tests import tiny
@@ -58,22 +61,20 @@ def run(
 @pytest.mark.parametrize(("name", "cut"), CUTS)
 def test_paths_are_exact(name: str, cut: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The full path equals the original bit for bit; the shallow path with a fresh slot to 0.0 or, residual, 1e-6."""
-    monkeypatch.setattr(base, "PAIR_SHARE", share)
+    monkeypatch.setattr(segments, "PAIR_SHARE", share)
     family, denoiser = make(name)
     inputs = family.example_inputs(denoiser, batch=2, height=tiny.SIDE, width=tiny.SIDE, prompt_tokens=5)
     with torch.inference_mode():
         original = family.whole(denoiser, *inputs.values())
-    segments, paths, slots = family.segments(denoiser, cut)
-    assert [segment.name for segment in segments] == (
-        ["full", "shallow"] if share == TWO else ["entry", "deep", "exit"]
-    )
-    full = run(segments, paths["full"], inputs)
+    found, paths, slots = family.segments(denoiser, family.cut_layout(denoiser, cut))
+    assert len(found) == (2 if share == TWO else 3)
+    full = run(found, paths["full"], inputs)
     assert torch.equal(full[family.output], original)
     slot = slots["deep"]
     kept = full[slot.tensor] if slot.base is None else full[slot.tensor] - full[slot.base]
-    shallow = run(segments, paths["shallow"], inputs, slot, kept)[family.output]
+    shallow = run(found, paths["shallow"], inputs, slot, kept)[family.output]
     assert (shallow - original).abs().max() <= (0.0 if name == "unet" else 1e-6)
-    stale = run(segments, paths["shallow"], inputs, slot, kept.roll(1, -1))[family.output]
+    stale = run(found, paths["shallow"], inputs, slot, kept.roll(1, -1))[family.output]
     assert (stale - original).abs().max() > 1e-4, "the slot has no effect, so the test above proves nothing"
 
 
@@ -83,23 +84,21 @@ def test_other_sizes_are_exact(name: str) -> None:
     family, denoiser = make(name)
     height, width = (12, 8) if name == "unet" else (4, 8)
     inputs = family.example_inputs(denoiser, batch=3, height=height, width=width, prompt_tokens=9)
-    segments, paths, _ = family.segments(denoiser, 1)
+    found, paths, _ = family.segments(denoiser, family.cut_layout(denoiser, 1))
     with torch.inference_mode():
-        assert torch.equal(
-            run(segments, paths["full"], inputs)[family.output], family.whole(denoiser, *inputs.values())
-        )
+        assert torch.equal(run(found, paths["full"], inputs)[family.output], family.whole(denoiser, *inputs.values()))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("share", [THREE, TWO])
 def test_names_are_explicit_and_make_a_valid_plan(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "PAIR_SHARE", share)
+    monkeypatch.setattr(segments, "PAIR_SHARE", share)
     family, denoiser = make(name)
     assert list(family.example_inputs(denoiser, 1, 8, 8, 4)) == list(family.conditioning)
     assert set(family.dynamic_axes()) == set(family.conditioning)
     for cut in [None, *range(len(family.cut_names(denoiser)))]:
-        segments, paths, slots = family.segments(denoiser, cut)
-        for segment in segments:
+        found, paths, slots = family.segments(denoiser, None if cut is None else family.cut_layout(denoiser, cut))
+        for segment in found:
             assert tuple(inspect.signature(segment.module.forward).parameters) == segment.inputs
             assert segment.module.component is denoiser
         step = Step(t=1.0, x={0: 1.0}, m={0: 1.0})
@@ -111,28 +110,29 @@ def test_names_are_explicit_and_make_a_valid_plan(name: str, share: float, monke
                 Step(t=0.5, x={0: 1.0}, m={0: 1.0}, path="shallow", read={"deep": (1.0,)}),
             ]
         )
-        table = {segment.name: Segment(segment.inputs, segment.outputs) for segment in segments}
+        table = {segment.name: Segment(segment.inputs, segment.outputs) for segment in found}
         plan = StepPlan(table, paths, slots, tuple(steps))
         plan.validate(family.conditioning)
         assert plan.output == family.output
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_parameter_share(name: str) -> None:
+def test_parameter_share(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It counts exactly the parameters that change a tensor of the shallow path, found by moving each in turn."""
+    monkeypatch.setattr(segments, "PAIR_SHARE", THREE)
     family, denoiser = make(name)
     sizes = {path: parameter.numel() for path, parameter in denoiser.named_parameters()}
     inputs = family.example_inputs(denoiser, 1, tiny.SIDE, tiny.SIDE, 4)
     generator = torch.Generator().manual_seed(0)
     for cut in (0, len(family.cut_names(denoiser)) - 1):
-        segments = [piece.bind(denoiser) for piece in family.pieces(denoiser, cut)[:3]]
-        kept = {"deep": run(segments, ("entry", "deep"), inputs)["deep"]}
-        before = run(segments, ("entry", "exit"), inputs | kept)
+        found, paths, slots = family.segments(denoiser, family.cut_layout(denoiser, cut))
+        kept = {slots["deep"].tensor: run(found, paths["full"], inputs)[slots["deep"].tensor]}
+        before = run(found, paths["shallow"], inputs | kept)
         used = 0
         for path, parameter in denoiser.named_parameters():
             saved = parameter.data.clone()
             parameter.data.add_(torch.randn(saved.shape, generator=generator))
-            after = run(segments, ("entry", "exit"), inputs | kept)
+            after = run(found, paths["shallow"], inputs | kept)
             used += 0 if all(torch.equal(after[key], before[key]) for key in before) else sizes[path]
             parameter.data.copy_(saved)
         assert family.cut_info(denoiser, cut).parameter_share == pytest.approx(used / sum(sizes.values()), abs=1e-12)
@@ -146,21 +146,22 @@ def test_macs_share(name: str) -> None:
     assert shares == sorted(shares)
     assert 0.0 < shares[0] < shares[-1] < 1.0
     blocks = len(shares)
-    if name != "unet":  # all blocks but the last are equal, so are the steps
+    if name != "unet":  # all blocks but the last are equal, so are the steps; the first may begin to read the prompt
         steps = [after - before for before, after in itertools.pairwise(shares)]
-        assert steps == pytest.approx([steps[0]] * (blocks - 1))
+        assert steps[1:] == pytest.approx([steps[1]] * (blocks - 2))
+        assert steps[0] >= steps[1] * (1 - 1e-9)
 
 
 def test_macs_of_known_operations() -> None:
     layers = torch.nn.ModuleDict({"linear": torch.nn.Linear(6, 5), "convolution": torch.nn.Conv2d(2, 3, 3, padding=1)})
     inputs = {"x": torch.ones(2, 4, 6), "image": torch.ones(2, 2, 8, 8), "q": torch.ones(2, 3, 7, 4)}
     pieces = [
-        base.Piece("product", ("x",), ("y",), lambda model, x: (model["linear"](x),)),
-        base.Piece("convolution", ("image",), ("z",), lambda model, image: (model["convolution"](image),)),
-        base.Piece("attention", ("q",), ("a",), lambda _, q: (functional.scaled_dot_product_attention(q, q, q),)),
+        Unit("product", ("x",), ("y",), lambda model, x: (model["linear"](x),)),
+        Unit("convolution", ("image",), ("z",), lambda model, image: (model["convolution"](image),)),
+        Unit("attention", ("q",), ("a",), lambda _, q: (functional.scaled_dot_product_attention(q, q, q),)),
     ]
     expected = {"product": 2 * 4 * 6 * 5, "convolution": 2 * 64 * 9 * 2 * 3, "attention": 2 * (2 * 3 * 7 * 7 * 4)}
-    assert base._macs(layers, pieces, inputs) == expected
+    assert unit_macs(layers, pieces, inputs) == expected
 
 
 def test_shares_of_stable_diffusion_1() -> None:
@@ -178,30 +179,33 @@ def test_small_shallow_paths_become_a_pair(name: str) -> None:
     denoiser = tiny.unet(block_out_channels=(16, 64)) if name == "unet" else tiny.sd3(num_layers=9)
     family = FAMILIES[type(denoiser).__name__]
     assert family.cut_info(denoiser, 0).parameter_share <= 0.05 < family.cut_info(denoiser, 3).parameter_share
-    assert [segment.name for segment in family.segments(denoiser, 0)[0]] == ["full", "shallow"]
-    assert [segment.name for segment in family.segments(denoiser, 3)[0]] == ["entry", "deep", "exit"]
+    shallow, deep = (family.segments(denoiser, family.cut_layout(denoiser, cut)).segments for cut in (0, 3))
+    assert [segment.name for segment in shallow] == ["full", "shallow"]
+    names = ["time-down_3", "mid", "up_3-head"] if name == "unet" else ["time-block_2", "block_3-block_8", "head"]
+    assert [segment.name for segment in deep] == names
 
 
 def test_segments_take_only_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where neither attention nor the time embedding reads the prompt, the segment has no such input."""
     denoiser = tiny.unet(addition_embed_type=None)
     family = FAMILIES[type(denoiser).__name__]
-    three = {segment.name: segment.inputs for segment in family.segments(denoiser, 0)[0]}
+    layout = family.cut_layout(denoiser, 0)
+    three = {segment.name: segment.inputs for segment in family.segments(denoiser, layout).segments}
     assert three == {
-        "entry": ("sample", "timestep"),
-        "deep": ("skip_0", "emb", "encoder_hidden_states"),
-        "exit": ("deep", "emb", "skip_0"),
+        "time-down_0": ("timestep", "sample"),
+        "down_1-up_1": ("skip_0", "emb", "encoder_hidden_states"),
+        "up_0-head": ("up_1", "skip_0", "emb"),
     }
-    monkeypatch.setattr(base, "PAIR_SHARE", TWO)
-    pair = {segment.name: segment.inputs for segment in family.segments(denoiser, 0)[0]}
-    assert pair == {"full": ("sample", "timestep", "encoder_hidden_states"), "shallow": ("sample", "timestep", "deep")}
+    monkeypatch.setattr(segments, "PAIR_SHARE", TWO)
+    pair = {segment.name: segment.inputs for segment in family.segments(denoiser, layout).segments}
+    assert pair == {"full": ("timestep", "sample", "encoder_hidden_states"), "shallow": ("timestep", "sample", "up_1")}
 
 
 @pytest.mark.parametrize("cut", [-1, 4, 99])
 def test_unknown_cut_is_refused(cut: int) -> None:
     family, denoiser = make("unet")
     with pytest.raises(RefusedError, match=r"no cut .*: the cuts of this denoiser are 0 to 3"):
-        family.segments(denoiser, cut)
+        family.cut_layout(denoiser, cut)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -260,7 +264,7 @@ def test_unsupported_variants_are_refused(maker: Callable[..., Any], overrides: 
 def test_names_in_a_traced_graph(tiny_folder: Callable[[str], Path]) -> None:
     """torch.export sees the input names, and every node's module path begins with `denoiser.`."""
     model = load(tiny_folder("unet"))
-    model.cut = 1
+    model.layout = model.family.cut_layout(model.denoiser, 1)
     entry = model.segments()[0]
     inputs = model.family.example_inputs(model.denoiser, 2, 8, 8, 5)
     program = torch.export.export(
@@ -279,3 +283,85 @@ def test_names_in_a_traced_graph(tiny_folder: Callable[[str], Path]) -> None:
     assert "denoiser.conv_in" in scopes
     modules = {path for path in scopes if path and "_empty_nn_module_stack" not in path}  # assertions have no module
     assert all(path.startswith("denoiser.") for path in modules)
+
+
+def keeping(family: Family, denoiser: Any, layout: Layout, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cached path of a layout, given fresh slots, ends where the original does; stale slots matter."""
+    monkeypatch.setattr(segments, "PAIR_SHARE", share)
+    inputs = family.example_inputs(denoiser, batch=2, height=tiny.SIDE, width=tiny.SIDE, prompt_tokens=5)
+    with torch.inference_mode():
+        original = family.whole(denoiser, *inputs.values())
+    found, paths, slots = family.segments(denoiser, layout)
+    by_name = {segment.name: segment for segment in found}
+    known = run(found, paths["full"], inputs)
+    assert torch.equal(known[family.output], original)
+    kept = {
+        name: known[slot.tensor] if slot.base is None else known[slot.tensor] - known[slot.base]
+        for name, slot in slots.items()
+    }
+
+    def cached(path: str, values: dict[str, Tensor]) -> Tensor:
+        known, waiting = dict(inputs), {name: slots[name] for name in layout.paths[path].read}
+        for segment in paths[path]:
+            for name in [name for name, slot in waiting.items() if slot.tensor in by_name[segment].inputs]:
+                slot = waiting.pop(name)
+                known[slot.tensor] = values[name] if slot.base is None else known[slot.base] + values[name]
+            known = run(found, (segment,), known)
+        return known[family.output]
+
+    for path in paths:
+        assert (cached(path, kept) - original).abs().max() <= 2e-6
+        for name in layout.paths[path].read:
+            stale = cached(path, kept | {name: kept[name].roll(1, -1)})
+            assert (stale - original).abs().max() > 1e-5, f"{path} does not read {name}"
+
+
+@pytest.mark.parametrize("share", [THREE, TWO])
+@pytest.mark.parametrize("name", ["sd3", "dit", "pixart"])
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (1, 2), (0, 3), (1, 3)])
+def test_any_range_of_blocks(name: str, first: int, last: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A range of blocks is skipped, both streams of an MMDiT included; two ranges give two paths."""
+    family, denoiser = make(name)
+    slots = family.block_slots(denoiser, first, last)
+    keeping(family, denoiser, Layout.of(slots, {"cached": tuple(slots)}), share, monkeypatch)
+    if first:
+        front = family.block_slots(denoiser, 0, first)
+        both = Layout.of(slots | front, {"rear": tuple(slots), "front": tuple(front)})
+        keeping(family, denoiser, both, share, monkeypatch)
+
+
+@pytest.mark.parametrize("share", [THREE, TWO])
+def test_encoder_propagation(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder of a UNet runs on skips and middle block alone: it takes no latent."""
+    family, denoiser = make("unet")
+    layout = family.encoder_layout(denoiser)
+    keeping(family, denoiser, layout, share, monkeypatch)
+    found, paths, _ = family.segments(denoiser, layout)
+    taken = {tensor for segment in found if segment.name in paths["decoder"] for tensor in segment.inputs}
+    assert "sample" not in taken, "the decoders of several network calls could not run as one batch"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("kinds", [("self_attention",), ("mlp",), ("self_attention", "cross_attention", "mlp")])
+def test_sublayers(name: str, kinds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and MLP outputs are kept and given back; the modules that are skipped compute nothing."""
+    family, denoiser = make(name)
+    slots = family.sublayer_slots(denoiser, kinds)
+    layout = Layout.of(slots, {"cached": tuple(slots)})
+    keeping(family, denoiser, layout, THREE, monkeypatch)
+    costs = family.path_costs(denoiser, layout)
+    assert costs["cached"].macs_share < costs["full"].macs_share == 1.0
+    assert costs["cached"].parameter_share < 1.0
+    assert not [module for module in denoiser.modules() if "forward" in vars(module)], "an intercepted module stayed so"
+
+
+def test_layouts_survive_json_and_are_checked() -> None:
+    family, denoiser = make("unet")
+    layout = family.encoder_layout(denoiser)
+    assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+    for slots, reason in [({"a": Slot("nowhere")}, "no unit"), ({"a": Slot("up_1", "residual", "nowhere")}, "no unit")]:
+        with pytest.raises(RefusedError, match=reason):
+            family.segments(denoiser, Layout.of(slots, {"cached": ("a",)}))
+    family, denoiser = make("sd3")
+    with pytest.raises(RefusedError, match="reads 'tokens_1', but its unit 'block_0' must run"):
+        family.segments(denoiser, Layout.of({"a": Slot("tokens_1")}, {"cached": ("a",)}))

@@ -23,6 +23,16 @@ from tests import tiny
 
 FAMILIES = ["unet", "sd3", "dit", "pixart"]
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+UNKNOWN_LAYOUT = json.dumps(
+    {
+        "schema_version": 2,
+        "layout": {
+            "slots": {"deep": {"tensor": "nowhere"}},
+            "paths": {"full": {"read": [], "write": ["deep"]}, "shallow": {"read": ["deep"], "write": []}},
+            "watch": [],
+        },
+    }
+)
 Folder = Callable[[str], Path]
 
 
@@ -93,7 +103,7 @@ def test_facts(tiny_folder: Folder) -> None:
             "shift_factor": 0.0,
             "multiple": 2,
         }
-        assert (model.step_plan, model.cut, model.quant_plans) == (None, None, {})
+        assert (model.step_plan, model.layout, model.quant_plans) == (None, None, {})
     clip = {"part": "text_encoder", "tokenizer": "tokenizer", "max_length": tiny.PROMPT_TOKENS}
     second = {"part": "text_encoder_2", "tokenizer": "tokenizer_2", "max_length": tiny.PROMPT_TOKENS}
     used = {"hidden": "hidden_states.1", "pooled": "text_embeds"}
@@ -124,7 +134,7 @@ def test_functions_simulate_quantization(tiny_folder: Folder) -> None:
     """Planned layers of any part round their numbers, in every segment, unless simulation is off; weights stay."""
     model = load(tiny_folder("unet"))
     before, exact = model.hash(), run_all(model)
-    model.cut = 1
+    model.layout = model.family.cut_layout(model.denoiser, 1)
     grid = Affine.of_range(-4.0, 4.0)
     for part, name in [
         ("denoiser", "mid_block.resnets.0.conv1"),
@@ -198,13 +208,17 @@ def test_save_and_load(tiny_folder: Folder, tmp_path: Path, family: str) -> None
     grid = Affine.of_range(-1.0, 2.0)
     plan = QuantPlan({"proj_out": LayerQuant("linear", "int8-w8a8", (0.1, 0.3), grid)}, {"pos_embed": "sensitive"})
     model.quant_plans["denoiser"] = plan
-    model.cut = 1
+    model.layout = model.family.cut_layout(model.denoiser, 1)
     model.conditioning["max_sequence_length"] = 1
     model.save(tmp_path / "one")
     again = load(tmp_path / "one")
     again.save(tmp_path / "two")
     assert (again.hash(), again.state_hash()) == (model.hash(), model.state_hash())
-    assert (again.cut, again.quant_plans, again.conditioning) == (1, model.quant_plans, model.conditioning)
+    assert (again.layout, again.quant_plans, again.conditioning) == (
+        model.layout,
+        model.quant_plans,
+        model.conditioning,
+    )
     assert again.provenance == model.provenance
     for network, twin in zip(networks(model), networks(again), strict=True):
         for (key, tensor), (other, copy) in zip(network.state_dict().items(), twin.state_dict().items(), strict=True):
@@ -244,10 +258,10 @@ def test_clone_is_independent(tiny_folder: Folder, family: str) -> None:
     assert (twin.hash(), twin.state_hash()) == (before, state)
     for network in networks(twin):
         next(network.parameters()).data.add_(1.0)
-    twin.cut = 0
+    twin.layout = twin.family.cut_layout(twin.denoiser, 0)
     twin.conditioning["kind"] = "other"
     twin.provenance.append({"changed": True})
-    assert (model.hash(), model.state_hash(), model.cut) == (before, state, None)
+    assert (model.hash(), model.state_hash(), model.layout) == (before, state, None)
     assert len(model.provenance) == 1
     assert twin.hash() != before
 
@@ -266,15 +280,15 @@ def test_hash_sees_everything(tiny_folder: Folder) -> None:
     model.scheduler_config["shift"] = 3.5
     assert model.hash() not in seen
     state = model.state_hash()
-    model.cut = 2
+    model.layout = model.family.cut_layout(model.denoiser, 2)
     assert model.hash() == load_hash(model)
     assert model.state_hash() != state
 
 
 def load_hash(model: LatentDiffusion) -> str:
-    model.cut = None
+    model.layout = None
     uncut = model.hash()
-    model.cut = 2
+    model.layout = model.family.cut_layout(model.denoiser, 2)
     return uncut
 
 
@@ -509,8 +523,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     # our own state
     "state is no JSON": ("unet", text(STATE_FILE, "nonsense"), "not valid JSON"),
     "state of the future": ("unet", text(STATE_FILE, '{"schema_version": 99}'), "schema version 99"),
-    "state without plans": ("unet", text(STATE_FILE, '{"schema_version": 1, "cut": null}'), "cannot be read"),
-    "state of an unknown cut": ("unet", text(STATE_FILE, '{"schema_version": 1, "cut": 77}'), "no cut 77"),
+    "state without plans": ("unet", text(STATE_FILE, '{"schema_version": 2, "layout": null}'), "cannot be read"),
+    "state of an unknown layout": ("unet", text(STATE_FILE, UNKNOWN_LAYOUT), "which no unit of the denoiser computes"),
 }
 
 

@@ -27,13 +27,13 @@ SHAPES = {"batch": (1, 1, 4), "height": (SIDE, SIDE, SIDE), "width": (SIDE, SIDE
 STEPS = 4
 
 
-def sampled(model: LatentDiffusion) -> LatentDiffusion:
+def sampled(model: LatentDiffusion, steps: int = STEPS) -> LatentDiffusion:
     """The model with the step plan of its own scheduler, guided."""
-    segments, paths, slots = model.family.segments(model.denoiser, model.cut)
+    segments, paths, slots = model.family.segments(model.denoiser, model.layout)
     model.step_plan = compile_sampler(
         model.scheduler_config["_class_name"],
         model.scheduler_config,
-        STEPS,
+        steps,
         3.0,
         segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
         paths=paths,
@@ -44,7 +44,7 @@ def sampled(model: LatentDiffusion) -> LatentDiffusion:
 
 def cached(model: LatentDiffusion, cut: int) -> LatentDiffusion:
     """Every other network call runs the shallow path on what the call before it kept."""
-    model.cut = cut
+    model.layout = model.family.cut_layout(model.denoiser, cut)
     plan = sampled(model).step_plan
     assert plan is not None
     rows = [

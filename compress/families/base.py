@@ -1,27 +1,24 @@
-"""What a family of denoisers tells the compiler, and how a denoiser is cut into segments."""
+"""What a family of denoisers tells the compiler: its units, where it can be cut, what is sensitive in it."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import RefusedError
+from compress.families.costs import PathCost, path_costs
+from compress.families.layout import Layout
+from compress.families.segments import Network, Program, Segmentation, Unit
+from compress.families.sublayers import KINDS, Kind, Sublayer
 from export.step_plan import Slot
 
-PAIR_SHARE = 0.05
-"""A shallow path with at most this share of the parameters is exported twice, inside `full` and as `shallow`."""
-
-Network: TypeAlias = Any
-"""An nn.Module of diffusers or transformers, whose attributes (config, blocks) the type checker does not know."""
+SHALLOW = "shallow"
+"""The path of a plain cut that reads the deep features."""
 
 
 @dataclass(frozen=True)
@@ -39,61 +36,6 @@ class CutInfo:
     name: str
     macs_share: float
     parameter_share: float
-
-
-@dataclass(frozen=True)
-class DenoiserSegment:
-    """A row of a cut denoiser: `module(**{name: tensor for name in inputs})` is the tuple named by `outputs`."""
-
-    name: str
-    module: SegmentModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-class SegmentModule(nn.Module):
-    """Holds the whole denoiser under `denoiser`, so that module paths in a traced graph are those of the denoiser."""
-
-    prefix: ClassVar[str] = "denoiser"
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    def __init__(self, denoiser: Network) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    @property
-    def component(self) -> Network:
-        """The whole denoiser."""
-        return self.denoiser
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A segment before it is bound to weights: `run(denoiser, *inputs)` gives the outputs."""
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    run: Callable[..., tuple[Tensor, ...]]
-
-    def bind(self, denoiser: Network) -> DenoiserSegment:
-        """Make it a module over this denoiser; the weights are shared, not copied."""
-        names = ("self", *self.inputs)
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
-        run = self.run
-
-        def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-            module, *tensors = signature.bind(*args, **kwargs).args
-            return run(module.denoiser, *tensors)
-
-        # torch.export names a graph's inputs after the parameters of `forward`, and they differ from cut to cut.
-        forward.__signature__ = signature  # type: ignore[attr-defined]
-        members = {"forward": forward, "inputs": self.inputs, "outputs": self.outputs}
-        module: SegmentModule = type("SegmentModule", (SegmentModule,), members)(denoiser)
-        module.training = denoiser.training
-        return DenoiserSegment(self.name, module, self.inputs, self.outputs)
 
 
 class Family(ABC):
@@ -135,12 +77,16 @@ class Family(ABC):
         """The module whose input is cached, for every cut in order."""
 
     @abstractmethod
-    def pieces(self, denoiser: Network, cut: int) -> tuple[Piece, Piece, Piece, Slot]:
-        """The disjoint (entry, deep, exit) of a cut, and the slot that deep fills and exit reads."""
+    def units(self, denoiser: Network) -> list[Unit]:
+        """The denoiser unit by unit, in running order; the last gives `output` last."""
 
     @abstractmethod
-    def shallow_modules(self, denoiser: Network, cut: int) -> list[str]:
-        """The paths of the modules and lone parameters that the shallow path of a cut runs."""
+    def deep_slot(self, denoiser: Network, cut: int) -> Slot:
+        """What a cut keeps: reading it leaves the shallow path of that cut."""
+
+    @abstractmethod
+    def sublayers(self, denoiser: Network) -> list[Sublayer]:
+        """The attention and MLP modules inside the units, in running order."""
 
     @abstractmethod
     def example_inputs(
@@ -173,106 +119,75 @@ class Family(ABC):
         return [self.cut_info(denoiser, cut) for cut in range(len(self.cut_names(denoiser)))]
 
     def cut_info(self, denoiser: Network, cut: int) -> CutInfo:
-        """What one cut is, and what its shallow path costs at the latent size of the training and 77 prompt tokens.
+        """What one cut is, and what its shallow path costs.
 
         Raises:
             RefusedError: there is no such cut.
         """
-        self._check_cut(denoiser, cut)
-        side = self.latent_side(denoiser)
-        inputs = self.example_inputs(denoiser, batch=1, height=side, width=side, prompt_tokens=77)
-        entry, deep, exit_, _ = self.pieces(denoiser, cut)
-        macs = _macs(denoiser, (entry, deep, exit_), inputs)
-        return CutInfo(
-            index=cut,
-            name=self.cut_names(denoiser)[cut],
-            macs_share=(macs["entry"] + macs["exit"]) / sum(macs.values()),
-            parameter_share=self._parameter_share(denoiser, cut),
-        )
+        cost = self.path_costs(denoiser, self.cut_layout(denoiser, cut))[SHALLOW]
+        return CutInfo(cut, self.cut_names(denoiser)[cut], cost.macs_share, cost.parameter_share)
 
-    def segments(
-        self, denoiser: Network, cut: int | None
-    ) -> tuple[list[DenoiserSegment], dict[str, tuple[str, ...]], dict[str, Slot]]:
-        """The denoiser as segments, with the paths through them and the slots between network calls.
-
-        Without a cut: one segment `denoiser`. With a cut: `entry`, `deep`, `exit`; or `full` and `shallow` where
-        the shallow path holds at most 5 % of the parameters, so that sharing them gains nothing.
+    def cut_layout(self, denoiser: Network, cut: int) -> Layout:
+        """One slot `deep`, and the path `shallow` that reads it.
 
         Raises:
             RefusedError: there is no such cut.
         """
-        if cut is None:
-            whole = Piece(
-                "denoiser", self.conditioning, (self.output,), lambda model, *tensors: (self.whole(model, *tensors),)
-            )
-            return [whole.bind(denoiser)], {"full": ("denoiser",)}, {}
-        self._check_cut(denoiser, cut)
-        entry, deep, exit_, slot = self.pieces(denoiser, cut)
-        if self._parameter_share(denoiser, cut) > PAIR_SHARE:
-            bound = [piece.bind(denoiser) for piece in (entry, deep, exit_)]
-            return bound, {"full": ("entry", "deep", "exit"), "shallow": ("entry", "exit")}, {"deep": slot}
-        full, shallow, slot = self._pair(entry, deep, exit_, slot)
-        pair = [full.bind(denoiser), shallow.bind(denoiser)]
-        return pair, {"full": ("full",), "shallow": ("shallow",)}, {"deep": slot}
-
-    def _pair(self, entry: Piece, deep: Piece, exit_: Piece, slot: Slot) -> tuple[Piece, Piece, Slot]:
-        """The two paths as one segment each. A residual is then taken inside them and kept as a feature."""
-        write, read, crossing = [deep], [exit_], slot.tensor
-        if slot.base is not None:
-            base, tensor, crossing = slot.base, slot.tensor, "residual"
-            write.append(Piece("difference", (tensor, base), (crossing,), lambda _, value, base: (value - base,)))
-            read.insert(0, Piece("sum", (base, crossing), (tensor,), lambda _, base, residual: (base + residual,)))
-        full = _chain("full", [entry, *write, exit_], (crossing, self.output))
-        shallow = _chain("shallow", [entry, *read], (self.output,))
-        return full, shallow, Slot(crossing)
-
-    def _check_cut(self, denoiser: Network, cut: int) -> None:
         known = len(self.cut_names(denoiser))
         if not 0 <= cut < known:
             raise RefusedError(f"there is no cut {cut}: the cuts of this denoiser are 0 to {known - 1}")
+        return Layout.of({"deep": self.deep_slot(denoiser, cut)}, {SHALLOW: ("deep",)})
 
-    def _parameter_share(self, denoiser: Network, cut: int) -> float:
-        """The parameters at or below the modules of the shallow path, as a fraction of all."""
-        tops = tuple(self.shallow_modules(denoiser, cut))
-        sizes = {path: parameter.numel() for path, parameter in denoiser.named_parameters()}
-        shallow = [path for path in sizes if any(path == top or path.startswith(top + ".") for top in tops)]
-        return sum(sizes[path] for path in shallow) / sum(sizes.values())
+    def encoder_layout(self, denoiser: Network) -> Layout:
+        """The path `decoder` reads everything that the encoder of a UNet gives.
 
+        Raises:
+            RefusedError: the denoiser has no encoder and decoder.
+        """
+        raise RefusedError(
+            f"a {self.name} denoiser has no encoder whose features its decoder takes; that is for UNets: use `ddt` or "
+            "`deepcache`"
+        )
 
-def _chain(name: str, pieces: Sequence[Piece], outputs: tuple[str, ...]) -> Piece:
-    """Pieces run one after the other as one piece; tensors are matched by name, what none gives is an input."""
-    made = {tensor for piece in pieces for tensor in piece.outputs}
-    inputs = tuple(dict.fromkeys(tensor for piece in pieces for tensor in piece.inputs if tensor not in made))
+    def block_slots(self, denoiser: Network, first: int, last: int) -> dict[str, Slot]:
+        """What stands for the equal blocks `first` to `last - 1`: one slot per stream that blocks after them read.
 
-    def run(denoiser: Network, *tensors: Tensor) -> tuple[Tensor, ...]:
-        known = dict(zip(inputs, tensors, strict=True))
-        for piece in pieces:
-            known.update(zip(piece.outputs, piece.run(denoiser, *(known[key] for key in piece.inputs)), strict=True))
-        return tuple(known[key] for key in outputs)
+        Raises:
+            RefusedError: the denoiser is no sequence of equal blocks, or has no such blocks.
+        """
+        raise RefusedError(f"a {self.name} denoiser is no sequence of equal blocks, which this caches: use `deepcache`")
 
-    return Piece(name, inputs, outputs, run)
+    def block_count(self, denoiser: Network) -> int:
+        """How many equal blocks the denoiser has; 0 where it is no sequence of them."""
+        return 0
 
+    def sublayer_slots(self, denoiser: Network, kinds: Sequence[Kind] = KINDS) -> dict[str, Slot]:
+        """A slot for every output of the sub-layers of some kinds, named as the tensors are."""
+        chosen = [sublayer for sublayer in self.sublayers(denoiser) if sublayer.kind in kinds]
+        return {tensor: Slot(tensor) for sublayer in chosen for tensor in sublayer.tensors}
 
-def _macs(denoiser: Network, pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """Multiply-accumulates of every piece (convolutions, matrix products, attention); shapes only, nothing is run."""
-    known, macs = dict(inputs), {}
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        for piece in pieces:
-            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
-                outputs = piece.run(denoiser, *(known[name] for name in piece.inputs))
-            known.update(zip(piece.outputs, outputs, strict=True))
-            macs[piece.name] = counter.get_total_flops() // 2
-    return macs
+    def path_costs(self, denoiser: Network, layout: Layout) -> dict[str, PathCost]:
+        """What the paths of a layout cost at the latent size of the training and 77 prompt tokens."""
+        side = self.latent_side(denoiser)
+        inputs = self.example_inputs(denoiser, batch=1, height=side, width=side, prompt_tokens=77)
+        return path_costs(denoiser, self.units(denoiser), self.sublayers(denoiser), layout, inputs)
 
+    def segments(self, denoiser: Network, layout: Layout | None) -> Segmentation:
+        """The denoiser as segments, with the paths through them and the slots between network calls.
 
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of (batch, heads, tokens, width) shapes: two per multiply-accumulate of both matrix products."""
-    batch, heads, queries, width = query
-    return 2 * batch * heads * queries * key[2] * (width + value[3])
+        Without a layout: one segment `denoiser`. With one: segments that the paths share; or one per path where
+        every cached path holds at most 5 % of the parameters, so that sharing them gains nothing.
 
-
-_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-"""What FlopCounterMode does not know of."""
+        Raises:
+            RefusedError: the layout does not fit the denoiser.
+        """
+        if layout is None or len(layout.paths) == 1:
+            whole = Unit(
+                "denoiser", self.conditioning, (self.output,), lambda model, *tensors: (self.whole(model, *tensors),)
+            )
+            slots = {} if layout is None else dict(layout.slots)
+            return Segmentation([whole.bind(denoiser)], {"full": ("denoiser",)}, slots)
+        return Program(denoiser, self.units(denoiser), self.sublayers(denoiser), layout).segmentation()
 
 
 def _layers(denoiser: Network, patterns: Sequence[str]) -> list[str]:

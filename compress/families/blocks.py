@@ -1,4 +1,4 @@
-"""What transformers of equal blocks have in common: one cut after any number of leading blocks."""
+"""What transformers of equal blocks have in common: a cut after any number of blocks, and slots for ranges of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from compress.families.base import Family, Network
+from compress.errors import RefusedError
+from compress.families.base import Family
+from compress.families.segments import Network
 from export.step_plan import Slot
-
-RESIDUAL = Slot("deep", kind="residual", base="tokens")
-"""What the cached blocks add to the image tokens (n, tokens, width)."""
 
 
 class BlockTransformer(Family):
@@ -21,20 +20,35 @@ class BlockTransformer(Family):
     That is the residual cache of a block range, with f front blocks and no back blocks.
 
     Attributes:
-        ends: paths of what runs before the first and after the last block.
+        stacks: the module lists that hold the blocks, in running order.
+        streams: the tensors that go from block to block (before block i: `tokens_i`, ...), image tokens first; the
+            others end with the last block.
     """
 
     part = "transformer"
     output = "out_hidden_states"
-    ends: ClassVar[tuple[str, ...]]
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    streams: ClassVar[tuple[str, ...]] = ("tokens",)
 
     @override
     def cut_names(self, denoiser: Network) -> list[str]:
-        return [f"transformer_blocks.{f}" for f in range(len(denoiser.transformer_blocks))]
+        return [f"{stack}.{i}" for stack in self.stacks for i in range(len(denoiser.get_submodule(stack)))]
 
     @override
-    def shallow_modules(self, denoiser: Network, cut: int) -> list[str]:
-        return [*self.ends, *self.cut_names(denoiser)[:cut]]
+    def block_count(self, denoiser: Network) -> int:
+        return len(self.cut_names(denoiser))
+
+    @override
+    def block_slots(self, denoiser: Network, first: int, last: int) -> dict[str, Slot]:
+        count = self.block_count(denoiser)
+        if not 0 <= first < last <= count:
+            raise RefusedError(f"there are no blocks {first} to {last - 1}: this denoiser has blocks 0 to {count - 1}")
+        streams = self.streams if last < count else self.streams[:1]
+        return {f"{s}_{first}_{last}": Slot(f"{s}_{last}", "residual", f"{s}_{first}") for s in streams}
+
+    @override
+    def deep_slot(self, denoiser: Network, cut: int) -> Slot:
+        return next(iter(self.block_slots(denoiser, cut, self.block_count(denoiser)).values()))
 
     @override
     def latent_multiple(self, denoiser: Network) -> int:

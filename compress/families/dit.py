@@ -8,9 +8,9 @@ from torch.nn import functional
 from typing_extensions import override
 
 from compress.errors import RefusedError
-from compress.families.base import Network, Piece
-from compress.families.blocks import RESIDUAL, BlockTransformer, unpatchify
-from export.step_plan import Slot
+from compress.families.blocks import BlockTransformer, unpatchify
+from compress.families.segments import Network, Unit
+from compress.families.sublayers import Kind, Sublayer
 
 
 class DiT(BlockTransformer):
@@ -21,7 +21,6 @@ class DiT(BlockTransformer):
     name = "dit"
     denoiser_class = "DiTTransformer2DModel"
     conditioning = ("hidden_states", "timestep", "class_labels")
-    ends = ("pos_embed", "transformer_blocks.0.norm1.emb", "proj_out_1", "proj_out_2")
     float_layers = (r"^pos_embed\.", r"^proj_out_2$")
     modulation_layers = (r"\.norm1\.", r"^proj_out_1$")
 
@@ -35,32 +34,35 @@ class DiT(BlockTransformer):
         return output[:, : denoiser.config.in_channels]
 
     @override
-    def pieces(self, denoiser: Network, cut: int) -> tuple[Piece, Piece, Piece, Slot]:
-        def run_blocks(blocks: Network, tokens: Tensor, timestep: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-            for block in blocks:
-                tokens = block(tokens, timestep=timestep, class_labels=label)
-            return (tokens,)
+    def units(self, denoiser: Network) -> list[Unit]:
+        def embed(model: Network, hidden: Tensor) -> tuple[Tensor, ...]:
+            return (model.pos_embed(hidden),)
 
-        def entry(model: Network, hidden: Tensor, timestep: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-            return run_blocks(model.transformer_blocks[:cut], model.pos_embed(hidden), timestep, label)
+        def block(index: int) -> Unit:
+            def run(model: Network, tokens: Tensor, timestep: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+                return (model.transformer_blocks[index](tokens, timestep=timestep, class_labels=label),)
 
-        def deep(model: Network, tokens: Tensor, timestep: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-            return run_blocks(model.transformer_blocks[cut:], tokens, timestep, label)
+            given = (f"tokens_{index}", "timestep", "class_labels")
+            return Unit(f"block_{index}", given, (f"tokens_{index + 1}",), run, (f"transformer_blocks.{index}",))
 
-        def exit_(
-            model: Network, tokens: Tensor, hidden: Tensor, timestep: Tensor, label: Tensor
-        ) -> tuple[Tensor, ...]:
+        def head(model: Network, tokens: Tensor, hidden: Tensor, timestep: Tensor, label: Tensor) -> tuple[Tensor, ...]:
             emb = model.transformer_blocks[0].norm1.emb(timestep, label, hidden_dtype=tokens.dtype)
             shift, scale = model.proj_out_1(functional.silu(emb)).chunk(2, dim=1)
             patches = model.proj_out_2(model.norm_out(tokens) * (1 + scale[:, None]) + shift[:, None])
             return (unpatchify(patches, hidden, model.config.patch_size)[:, : model.config.in_channels],)
 
-        return (
-            Piece("entry", self.conditioning, ("tokens",), entry),
-            Piece("deep", ("tokens", "timestep", "class_labels"), ("deep",), deep),
-            Piece("exit", ("deep", *self.conditioning), (self.output,), exit_),
-            RESIDUAL,
-        )
+        count = self.block_count(denoiser)
+        ends = ("transformer_blocks.0.norm1.emb", "proj_out_1", "proj_out_2")
+        return [
+            Unit("embed", ("hidden_states",), ("tokens_0",), embed, ("pos_embed",)),
+            *(block(index) for index in range(count)),
+            Unit("head", (f"tokens_{count}", *self.conditioning), (self.output,), head, ends),
+        ]
+
+    @override
+    def sublayers(self, denoiser: Network) -> list[Sublayer]:
+        kinds: dict[str, Kind] = {"attn1": "self_attention", "ff": "mlp"}
+        return [Sublayer(kind, f"{block}.{name}") for block in self.cut_names(denoiser) for name, kind in kinds.items()]
 
     @override
     def example_inputs(

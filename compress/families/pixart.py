@@ -7,10 +7,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from compress.errors import RefusedError
-from compress.families.base import Network, Piece
-from compress.families.blocks import RESIDUAL, BlockTransformer, unpatchify
+from compress.families.blocks import BlockTransformer, unpatchify
 from compress.families.dit import refuse_extra_channels
-from export.step_plan import Slot
+from compress.families.segments import Network, Unit
+from compress.families.sublayers import Kind, Sublayer
 
 _NO_SIZE = {"resolution": None, "aspect_ratio": None}
 
@@ -23,7 +23,6 @@ class PixArt(BlockTransformer):
     name = "pixart"
     denoiser_class = "PixArtTransformer2DModel"
     conditioning = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
-    ends = ("pos_embed", "adaln_single", "caption_projection", "scale_shift_table", "proj_out")
     float_layers = (r"^pos_embed\.", r"^caption_projection\.", r"^proj_out$")
     modulation_layers = (r"^adaln_single\.",)
 
@@ -45,38 +44,51 @@ class PixArt(BlockTransformer):
         return output[:, : denoiser.config.in_channels]
 
     @override
-    def pieces(self, denoiser: Network, cut: int) -> tuple[Piece, Piece, Piece, Slot]:
-        read = ("modulation", "context", "bias")
+    def units(self, denoiser: Network) -> list[Unit]:
+        def time(model: Network, timestep: Tensor) -> tuple[Tensor, ...]:
+            return model.adaln_single(timestep, _NO_SIZE, batch_size=timestep.shape[0], hidden_dtype=model.dtype)
 
-        def run_blocks(
-            blocks: Network, tokens: Tensor, modulation: Tensor, context: Tensor, bias: Tensor
-        ) -> tuple[Tensor, ...]:
-            for block in blocks:
-                tokens = block(tokens, encoder_hidden_states=context, encoder_attention_mask=bias, timestep=modulation)
-            return (tokens,)
+        def embed(model: Network, hidden: Tensor) -> tuple[Tensor, ...]:
+            return (model.pos_embed(hidden),)
 
-        def entry(model: Network, hidden: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-            tokens = model.pos_embed(hidden)
-            modulation, temb = model.adaln_single(
-                timestep, _NO_SIZE, batch_size=hidden.shape[0], hidden_dtype=tokens.dtype
-            )
-            state = (modulation, model.caption_projection(text), ((1 - mask) * -10000.0).unsqueeze(1))
-            return *run_blocks(model.transformer_blocks[:cut], tokens, *state), *state, temb
+        def text(model: Network, states: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+            return model.caption_projection(states), ((1 - mask) * -10000.0).unsqueeze(1)
 
-        def deep(model: Network, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            return run_blocks(model.transformer_blocks[cut:], tokens, *state)
+        def block(index: int) -> Unit:
+            def run(
+                model: Network, tokens: Tensor, modulation: Tensor, context: Tensor, bias: Tensor
+            ) -> tuple[Tensor, ...]:
+                state = {"encoder_hidden_states": context, "encoder_attention_mask": bias, "timestep": modulation}
+                return (model.transformer_blocks[index](tokens, **state),)
 
-        def exit_(model: Network, tokens: Tensor, temb: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+            given = (f"tokens_{index}", "modulation", "context", "bias")
+            return Unit(f"block_{index}", given, (f"tokens_{index + 1}",), run, (f"transformer_blocks.{index}",))
+
+        def head(model: Network, tokens: Tensor, temb: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
             shift, scale = (model.scale_shift_table[None] + temb[:, None]).chunk(2, dim=1)
             patches = model.proj_out(model.norm_out(tokens) * (1 + scale) + shift)
             return (unpatchify(patches, hidden, model.config.patch_size)[:, : model.config.in_channels],)
 
-        return (
-            Piece("entry", self.conditioning, ("tokens", *read, "temb"), entry),
-            Piece("deep", ("tokens", *read), ("deep",), deep),
-            Piece("exit", ("deep", "temb", "hidden_states"), (self.output,), exit_),
-            RESIDUAL,
-        )
+        count = self.block_count(denoiser)
+        prompt = ("encoder_hidden_states", "encoder_attention_mask")
+        return [
+            Unit("time", ("timestep",), ("modulation", "temb"), time, ("adaln_single",)),
+            Unit("embed", ("hidden_states",), ("tokens_0",), embed, ("pos_embed",)),
+            Unit("text", prompt, ("context", "bias"), text, ("caption_projection",)),
+            *(block(index) for index in range(count)),
+            Unit(
+                "head",
+                (f"tokens_{count}", "temb", "hidden_states"),
+                (self.output,),
+                head,
+                ("scale_shift_table", "proj_out"),
+            ),
+        ]
+
+    @override
+    def sublayers(self, denoiser: Network) -> list[Sublayer]:
+        kinds: dict[str, Kind] = {"attn1": "self_attention", "attn2": "cross_attention", "ff": "mlp"}
+        return [Sublayer(kind, f"{block}.{name}") for block in self.cut_names(denoiser) for name, kind in kinds.items()]
 
     @override
     def example_inputs(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from compress.errors import RefusedError
-from compress.families.base import Network, Piece
-from compress.families.blocks import RESIDUAL, BlockTransformer, unpatchify
+from compress.families.blocks import BlockTransformer, unpatchify
+from compress.families.segments import Network, Unit
+from compress.families.sublayers import KINDS, Kind, Sublayer
 from export.step_plan import Slot
 
 
@@ -18,7 +21,7 @@ class SD3(BlockTransformer):
     name = "sd3"
     denoiser_class = "SD3Transformer2DModel"
     conditioning = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections")
-    ends = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
+    streams = ("tokens", "context")
     float_layers = (r"^pos_embed\.", r"^context_embedder$", r"^proj_out$")
     modulation_layers = (r"^time_text_embed\.", r"\.norm1(_context)?\.linear$", r"^norm_out\.")
 
@@ -36,30 +39,60 @@ class SD3(BlockTransformer):
         return denoiser(**dict(zip(self.conditioning, tensors, strict=True)), return_dict=False)[0]
 
     @override
-    def pieces(self, denoiser: Network, cut: int) -> tuple[Piece, Piece, Piece, Slot]:
-        def entry(model: Network, hidden: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
-            tokens = model.pos_embed(hidden).contiguous()
-            context = model.context_embedder(text)
-            temb = model.time_text_embed(timestep, pooled)
-            for block in model.transformer_blocks[:cut]:
-                context, tokens = block(tokens, context, temb)
-            return tokens, context, temb
+    def units(self, denoiser: Network) -> list[Unit]:
+        count = self.block_count(denoiser)
 
-        def deep(model: Network, tokens: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
-            for block in model.transformer_blocks[cut:]:
-                context, tokens = block(tokens, context, temb)
-            return (tokens,)
+        def time(model: Network, timestep: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
+            return (model.time_text_embed(timestep, pooled),)
 
-        def exit_(model: Network, tokens: Tensor, temb: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        def text(model: Network, states: Tensor) -> tuple[Tensor, ...]:
+            return (model.context_embedder(states),)
+
+        def embed(model: Network, hidden: Tensor) -> tuple[Tensor, ...]:
+            return (model.pos_embed(hidden).contiguous(),)
+
+        def block(index: int) -> Unit:
+            def run(model: Network, tokens: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
+                context, tokens = model.transformer_blocks[index](tokens, context, temb)
+                return (tokens,) if index == count - 1 else (tokens, context)
+
+            given = (f"tokens_{index}", f"context_{index}", "temb")
+            made = (f"tokens_{index + 1}", f"context_{index + 1}")[: 1 if index == count - 1 else 2]
+            return Unit(f"block_{index}", given, made, run, (f"transformer_blocks.{index}",))
+
+        def head(model: Network, tokens: Tensor, temb: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
             patches = model.proj_out(model.norm_out(tokens, temb))
             return (unpatchify(patches, hidden, model.config.patch_size),)
 
-        return (
-            Piece("entry", self.conditioning, ("tokens", "context", "temb"), entry),
-            Piece("deep", ("tokens", "context", "temb"), ("deep",), deep),
-            Piece("exit", ("deep", "temb", "hidden_states"), (self.output,), exit_),
-            RESIDUAL,
-        )
+        return [
+            Unit("time", ("timestep", "pooled_projections"), ("temb",), time, ("time_text_embed",)),
+            Unit("embed", ("hidden_states",), ("tokens_0",), embed, ("pos_embed",)),
+            Unit("text", ("encoder_hidden_states",), ("context_0",), text, ("context_embedder",)),
+            *(block(index) for index in range(count)),
+            Unit("head", (f"tokens_{count}", "temb", "hidden_states"), (self.output,), head, ("norm_out", "proj_out")),
+        ]
+
+    @override
+    def sublayers(self, denoiser: Network) -> list[Sublayer]:
+        found = []
+        for path in self.cut_names(denoiser):
+            block = denoiser.get_submodule(path)
+            streams = 1 if block.context_pre_only else 2
+            found.append(Sublayer("self_attention", f"{path}.attn", streams, returns=2))
+            if block.use_dual_attention:
+                found.append(Sublayer("self_attention", f"{path}.attn2"))
+            found.append(Sublayer("mlp", f"{path}.ff"))
+            if not block.context_pre_only:
+                found.append(Sublayer("mlp", f"{path}.ff_context"))
+        return found
+
+    @override
+    def sublayer_slots(self, denoiser: Network, kinds: Sequence[Kind] = KINDS) -> dict[str, Slot]:
+        """Where all attention is kept, nothing reads the text stream any more, so its outputs need no slots."""
+        slots = super().sublayer_slots(denoiser, kinds)
+        if "self_attention" not in kinds:
+            return slots
+        return {name: slot for name, slot in slots.items() if not name.endswith(("_attn_1", "_ff_context"))}
 
     @override
     def example_inputs(

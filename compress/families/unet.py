@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +9,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from compress.errors import RefusedError
-from compress.families.base import Family, Network, Piece
+from compress.families.base import Family
+from compress.families.layout import Layout
+from compress.families.segments import Network, Unit
+from compress.families.sublayers import Kind, Sublayer
 from export.step_plan import Slot
 
 _BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
+_TEXT = ("encoder_hidden_states",)
 _PLAIN_ONLY = {
     "class_embed_type": "class embeddings",
     "num_class_embeds": "class embeddings",
@@ -24,8 +27,8 @@ _PLAIN_ONLY = {
 }
 
 
-class Unit(NamedTuple):
-    """Paths of the modules of one unit, in the order they run: plain (convolution, resampler), resnet, attention."""
+class Layers(NamedTuple):
+    """Paths of the modules of one unit, in the order they run: resnet, attention, plain (convolution, resampler)."""
 
     resnet: str | None = None
     attention: str | None = None
@@ -37,40 +40,42 @@ class Unit(NamedTuple):
         return [path for path in self if path is not None]
 
 
-def _down_units(unet: Network) -> list[Unit]:
+def _down_layers(unet: Network) -> list[Layers]:
     """The units that produce the skips s_0 (conv_in), s_1, ... in order."""
-    units = [Unit(plain="conv_in")]
+    found = [Layers(plain="conv_in")]
     for b, block in enumerate(unet.down_blocks):
-        units += _resnet_units(f"down_blocks.{b}", block)
-        units += [Unit(plain=f"down_blocks.{b}.downsamplers.{d}") for d in range(len(block.downsamplers or ()))]
-    return units
+        found += _resnet_layers(f"down_blocks.{b}", block)
+        found += [Layers(plain=f"down_blocks.{b}.downsamplers.{d}") for d in range(len(block.downsamplers or ()))]
+    return found
 
 
-def _up_units(unet: Network) -> list[Unit]:
+def _up_layers(unet: Network) -> list[Layers]:
     """The units that consume the skips s_0, s_1, ...; the last of a block ends with its upsampler."""
-    units: list[Unit] = []
+    found: list[Layers] = []
     for b, block in enumerate(unet.up_blocks):
-        units += _resnet_units(f"up_blocks.{b}", block)
+        found += _resnet_layers(f"up_blocks.{b}", block)
         if block.upsamplers is not None:
-            units[-1] = units[-1]._replace(plain=f"up_blocks.{b}.upsamplers.0")
-    return units[::-1]
+            found[-1] = found[-1]._replace(plain=f"up_blocks.{b}.upsamplers.0")
+    return found[::-1]
 
 
-def _resnet_units(path: str, block: Network) -> list[Unit]:
+def _resnet_layers(path: str, block: Network) -> list[Layers]:
     attentions = len(getattr(block, "attentions", ()))
     return [
-        Unit(resnet=f"{path}.resnets.{r}", attention=f"{path}.attentions.{r}" if r < attentions else None)
+        Layers(resnet=f"{path}.resnets.{r}", attention=f"{path}.attentions.{r}" if r < attentions else None)
         for r in range(len(block.resnets))
     ]
 
 
-def _run_unit(unet: Network, unit: Unit, hidden: Tensor, emb: Tensor, text: Tensor | None) -> Tensor:
-    if unit.resnet is not None:
-        hidden = unet.get_submodule(unit.resnet)(hidden, emb)
-    if unit.attention is not None:
-        hidden = unet.get_submodule(unit.attention)(hidden, encoder_hidden_states=text, return_dict=False)[0]
-    if unit.plain is not None:
-        hidden = unet.get_submodule(unit.plain)(hidden)
+def _run(
+    unet: Network, layers: Layers, hidden: Tensor, emb: Tensor | None = None, text: Tensor | None = None
+) -> Tensor:
+    if layers.resnet is not None:
+        hidden = unet.get_submodule(layers.resnet)(hidden, emb)
+    if layers.attention is not None:
+        hidden = unet.get_submodule(layers.attention)(hidden, encoder_hidden_states=text, return_dict=False)[0]
+    if layers.plain is not None:
+        hidden = unet.get_submodule(layers.plain)(hidden)
     return hidden
 
 
@@ -121,53 +126,47 @@ class UNet(Family):
 
     @override
     def cut_names(self, denoiser: Network) -> list[str]:
-        return [unit.paths[0] for unit in _up_units(denoiser)]
+        return [layers.paths[0] for layers in _up_layers(denoiser)]
 
     @override
-    def pieces(self, denoiser: Network, cut: int) -> tuple[Piece, Piece, Piece, Slot]:
-        down, up = _down_units(denoiser), _up_units(denoiser)
-        skips = tuple(f"skip_{i}" for i in range(cut + 1))
-        below, above = down[: cut + 1], down[cut + 1 :]
-        deep_up, exit_up = up[:cut:-1], up[cut::-1]
+    def units(self, denoiser: Network) -> list[Unit]:
+        """Unit `down_i` gives skip i, and `up_i` consumes it; `up_i` is named as the tensor it gives."""
         pooled = denoiser.config.addition_embed_type == "text"
-
-        def text(needed: bool) -> tuple[str, ...]:
-            return ("encoder_hidden_states",) if needed else ()
-
-        def entry(unet: Network, sample: Tensor, timestep: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
-            emb = _time_embedding(unet, sample, timestep, text)
-            hidden, outputs = sample, []
-            for unit in below:
-                hidden = _run_unit(unet, unit, hidden, emb, text)
-                outputs.append(hidden)
-            return (emb, *outputs)
-
-        def deep(unet: Network, hidden: Tensor, emb: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-            inner = []
-            for unit in above:
-                hidden = _run_unit(unet, unit, hidden, emb, text)
-                inner.append(hidden)
-            hidden = unet.mid_block(hidden, emb, encoder_hidden_states=text)
-            return (_consume(unet, deep_up, hidden, inner, emb, text),)
-
-        def exit_(unet: Network, hidden: Tensor, emb: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            outer, text = rest[: cut + 1], rest[cut + 1] if len(rest) > cut + 1 else None
-            hidden = _consume(unet, exit_up, hidden, outer, emb, text)
-            return (unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden))),)
-
-        entry_text = text(pooled or _attends(below))
-        return (
-            Piece("entry", ("sample", "timestep", *entry_text), ("emb", *skips), entry),
-            Piece("deep", (skips[-1], "emb", "encoder_hidden_states"), ("deep",), deep),
-            Piece("exit", ("deep", "emb", *skips, *text(_attends(exit_up))), (self.output,), exit_),
-            Slot("deep"),
-        )
+        down, up = _down_layers(denoiser), _up_layers(denoiser)
+        last = len(down) - 1
+        return [
+            Unit("time", ("timestep", *_TEXT[:pooled]), ("emb",), _time, ("time_embedding", "add_embedding")),
+            *(_down_unit(i, layers) for i, layers in enumerate(down)),
+            Unit("mid", (f"skip_{last}", "emb", *_TEXT), ("mid",), _mid, ("mid_block",)),
+            *(_up_unit(i, layers, "mid" if i == last else f"up_{i + 1}") for i, layers in reversed([*enumerate(up)])),
+            Unit("head", ("up_0",), (self.output,), _head, ("conv_norm_out", "conv_out")),
+        ]
 
     @override
-    def shallow_modules(self, denoiser: Network, cut: int) -> list[str]:
-        units = _down_units(denoiser)[: cut + 1] + _up_units(denoiser)[: cut + 1]
-        ends = ["time_embedding", "add_embedding", "conv_norm_out", "conv_out"]
-        return ends + [path for unit in units for path in unit.paths]
+    def deep_slot(self, denoiser: Network, cut: int) -> Slot:
+        return Slot("mid" if cut == len(self.cut_names(denoiser)) - 1 else f"up_{cut + 1}")
+
+    @override
+    def encoder_layout(self, denoiser: Network) -> Layout:
+        """All skips and the output of the middle block (Faster Diffusion, Li et al. 2023, arXiv 2312.09608)."""
+        skips = [f"skip_{i}" for i in range(len(self.cut_names(denoiser)))]
+        slots = {tensor: Slot(tensor) for tensor in (*skips, "mid")}
+        return Layout.of(slots, {"decoder": tuple(slots)})
+
+    @override
+    def sublayers(self, denoiser: Network) -> list[Sublayer]:
+        kinds: dict[str, Kind] = {"attn1": "self_attention", "attn2": "cross_attention", "ff": "mlp"}
+        mid = [f"mid_block.attentions.{i}" for i in range(len(denoiser.mid_block.attentions))]
+        down, up = (
+            [layers.attention for layers in found if layers.attention is not None]
+            for found in (_down_layers(denoiser), reversed(_up_layers(denoiser)))
+        )
+        return [
+            Sublayer(kind, f"{attention}.transformer_blocks.{i}.{name}")
+            for attention in (*down, *mid, *up)
+            for i in range(len(denoiser.get_submodule(attention).transformer_blocks))
+            for name, kind in kinds.items()
+        ]
 
     @override
     def example_inputs(
@@ -193,20 +192,39 @@ class UNet(Family):
         return 2 ** int(denoiser.num_upsamplers)
 
 
-def _attends(units: Sequence[Unit]) -> bool:
-    return any(unit.attention is not None for unit in units)
+def _down_unit(index: int, layers: Layers) -> Unit:
+    before = "sample" if index == 0 else f"skip_{index - 1}"
+    given = (before, *_conditions(layers))
+
+    def run(unet: Network, hidden: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
+        return (_run(unet, layers, hidden, *conditions),)
+
+    return Unit(f"down_{index}", given, (f"skip_{index}",), run, tuple(layers.paths))
 
 
-def _time_embedding(unet: Network, sample: Tensor, timestep: Tensor, text: Tensor | None) -> Tensor:
-    emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
+def _up_unit(index: int, layers: Layers, before: str) -> Unit:
+    given = (before, f"skip_{index}", *_conditions(layers))
+
+    def run(unet: Network, hidden: Tensor, skip: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
+        return (_run(unet, layers, torch.cat([hidden, skip], dim=1), *conditions),)
+
+    return Unit(f"up_{index}", given, (f"up_{index}",), run, tuple(layers.paths))
+
+
+def _conditions(layers: Layers) -> tuple[str, ...]:
+    """What the modules of a unit take beside features."""
+    return (*("emb",)[: layers.resnet is not None], *_TEXT[: layers.attention is not None])
+
+
+def _time(unet: Network, timestep: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
+    emb = unet.time_embedding(unet.time_proj(timestep).to(unet.dtype))
     extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs={})
-    return emb if extra is None else emb + extra
+    return (emb if extra is None else emb + extra,)
 
 
-def _consume(
-    unet: Network, units: Sequence[Unit], hidden: Tensor, skips: Sequence[Tensor], emb: Tensor, text: Tensor | None
-) -> Tensor:
-    """Run up units, each on its input joined with the next skip, the last skip first."""
-    for unit, skip in zip(units, reversed(skips), strict=True):
-        hidden = _run_unit(unet, unit, torch.cat([hidden, skip], dim=1), emb, text)
-    return hidden
+def _mid(unet: Network, hidden: Tensor, emb: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+    return (unet.mid_block(hidden, emb, encoder_hidden_states=text),)
+
+
+def _head(unet: Network, hidden: Tensor) -> tuple[Tensor, ...]:
+    return (unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden))),)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from compress.errors import PassError, RefusedError
-from compress.families import DenoiserSegment, Family, Network
+from compress.families import DenoiserSegment, Family, Layout, Network
 from compress.model.checkpoint import read_json, refusing
 from compress.model.fitting import check_fit
 from compress.model.loader import Components, load_components, quiet
@@ -24,9 +24,9 @@ from export.quant_plan import QuantPlan
 from export.runtime import LatentSpec, Runtime
 from export.step_plan import StepPlan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATE_FILE = "compress.json"
-"""What a saved model knows beyond a diffusers folder: cut, step plan, quantization plans, provenance."""
+"""What a saved model knows beyond a diffusers folder: layout, step plan, quantization plans, provenance."""
 
 PartFunction = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """Named arrays to named arrays; takes more than it needs."""
@@ -56,7 +56,7 @@ class LatentDiffusion:
         scheduler_config: of the scheduler, its class under `_class_name`.
         conditioning: how prompts become the denoiser's conditioning tensors; plain JSON.
         step_plan: the compiled sampler; None until there is one.
-        cut: how the denoiser is segmented; None is one segment.
+        layout: how the denoiser is segmented; None is one segment.
         quant_plans: part -> which layers compute in integers; names are those of modules of the component.
         provenance: what was done to the model, oldest first.
     """
@@ -71,7 +71,7 @@ class LatentDiffusion:
     scheduler_config: dict[str, Any]
     conditioning: dict[str, Any]
     step_plan: StepPlan | None = None
-    cut: int | None = None
+    layout: Layout | None = None
     quant_plans: dict[str, QuantPlan] = field(default_factory=dict)
     provenance: list[dict[str, Any]] = field(default_factory=list)
 
@@ -88,8 +88,8 @@ class LatentDiffusion:
         }
 
     def segments(self) -> list[DenoiserSegment]:
-        """The denoiser as cut, over its own weights."""
-        return self.family.segments(self.denoiser, self.cut)[0]
+        """The denoiser as laid out, over its own weights."""
+        return self.family.segments(self.denoiser, self.layout).segments
 
     def parts(self) -> dict[str, Network]:
         """Every network behind a fixed signature, over its own weights.
@@ -97,7 +97,7 @@ class LatentDiffusion:
         They are `denoiser` (uncut), `vae_decoder`, `vae_encoder`, and the text encoders by their name in the folder;
         each has `inputs`, `outputs`, `prefix` and `component` (see `compress.model.parts.Part`).
         """
-        return {"denoiser": self.family.segments(self.denoiser, None)[0][0].module, **self._surroundings()}
+        return {"denoiser": self.family.segments(self.denoiser, None).segments[0].module, **self._surroundings()}
 
     def functions(self, simulate: bool = True, dialect: str | None = None) -> dict[str, PartFunction]:
         """NumPy functions for the runtime: the denoiser's segments, `vae_decoder`, `vae_encoder`, the text encoders.
@@ -124,7 +124,7 @@ class LatentDiffusion:
             else:
                 component = fake_quantized(parts[name].component, plan, dialect=dialect)
                 parts[name] = type(parts[name])(component)
-        segments = self.family.segments(denoiser, self.cut)[0]
+        segments = self.family.segments(denoiser, self.layout).segments
         return {segment.name: segment.module for segment in segments} | parts
 
     def runtime(self, simulate: bool = True, dialect: str | None = None) -> Runtime:
@@ -157,7 +157,7 @@ class LatentDiffusion:
         return digest.hexdigest()
 
     def state_hash(self) -> str:
-        """SHA-256 over everything a pass can change: weights, cut, step plan, quantization plans."""
+        """SHA-256 over everything a pass can change: weights, layout, step plan, quantization plans."""
         state = {key: value for key, value in self._state().items() if key != "provenance"}
         return hashlib.sha256(_canonical([self.hash(), state])).hexdigest()
 
@@ -194,7 +194,7 @@ class LatentDiffusion:
     def _state(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
-            "cut": self.cut,
+            "layout": None if self.layout is None else self.layout.to_dict(),
             "step_plan": None if self.step_plan is None else json.loads(self.step_plan.to_json()),
             "quant_plans": {name: json.loads(plan.to_json()) for name, plan in sorted(self.quant_plans.items())},
             "conditioning": self.conditioning,
@@ -234,7 +234,7 @@ def _restore(model: LatentDiffusion, state: Mapping[str, Any], path: Path) -> No
     if state.get("schema_version") != SCHEMA_VERSION:
         raise RefusedError(f"{path} has schema version {state.get('schema_version')!r}; this reads {SCHEMA_VERSION}")
     with refusing(f"{path} cannot be read"):
-        model.cut = state["cut"]
+        model.layout = None if state["layout"] is None else Layout.from_dict(state["layout"])
         model.segments()
         if state["step_plan"] is not None:
             model.step_plan = StepPlan.from_json(json.dumps(state["step_plan"]))

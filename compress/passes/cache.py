@@ -70,13 +70,13 @@ class Cache(Pass):
     @override
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
         model.step_plan = self._rewritten(model)
-        model.cut = self.cut
+        model.layout = model.family.cut_layout(model.denoiser, self.cut)
 
     @override
     def check(self, model: LatentDiffusion, edits: Sequence[Edit]) -> None:
         planned = {edit.module for edit in edits if edit.action == "shallow"}
-        if model.cut != self.cut or model.step_plan is None:
-            raise PassError(f"the model is cut at {model.cut}, not at {self.cut} as planned")
+        if model.layout != model.family.cut_layout(model.denoiser, self.cut) or model.step_plan is None:
+            raise PassError(f"the model is not cut at {self.cut} as planned")
         found = {f"step {row}" for row, step in enumerate(model.step_plan.steps) if step.path == "shallow"}
         if found != planned:
             raise PassError(f"{len(found)} network calls run the shallow path, but {len(planned)} were planned")
@@ -92,7 +92,9 @@ class Cache(Pass):
         """The model's step plan over the segments of the cut, its rows full or shallow."""
         plan = _uncached(model)
         self._check_fields(plan.network_calls)
-        segments, paths, slots = model.family.segments(model.denoiser, self.cut)
+        segments, paths, slots = model.family.segments(
+            model.denoiser, model.family.cut_layout(model.denoiser, self.cut)
+        )
         history = _HISTORY[self.forecast]
         return replace(
             plan,
@@ -155,6 +157,6 @@ def _uncached(model: LatentDiffusion) -> StepPlan:
     """The plan of a compiled sampler that nothing has cached yet."""
     if model.step_plan is None:
         raise RefusedError("cache: the model has no step plan; the sampler must be compiled first")
-    if model.cut is not None or model.step_plan.slots:
+    if model.layout is not None or model.step_plan.slots:
         raise RefusedError("cache: the model is cached already; use one cache pass")
     return model.step_plan
