@@ -123,7 +123,7 @@ def test_equal_models_give_equal_engines(
 
 def test_segments_and_dialects_share_their_weights(tiny_engine: Path) -> None:
     folder = tiny_engine / "unet"
-    segments = {"entry", "deep", "exit"}
+    segments = {"time-down_1", "down_2-up_2", "up_1-head"}
     assert {path.name for path in folder.iterdir()} == {
         "weights.bin",
         *(f"{name}.onnx" for name in segments),
@@ -150,7 +150,14 @@ def test_nothing_of_this_machine_is_in_the_engine(tiny_engine: Path) -> None:
 def test_the_manifest_says_how_formats_run(engine: Engine) -> None:
     for name, row in engine.manifest.targets.items():
         assert row.formats == {"denoiser": {"float32": "native", "int8-w8a8": "native"}}, name
-        assert set(row.graphs) == {"entry", "deep", "exit", "vae_decoder", "vae_encoder", "text_encoder"}
+        assert set(row.graphs) == {
+            "time-down_1",
+            "down_2-up_2",
+            "up_1-head",
+            "vae_decoder",
+            "vae_encoder",
+            "text_encoder",
+        }
 
 
 @on_every_target
@@ -182,7 +189,7 @@ def test_a_golden_pickle_is_not_opened(tiny_engine: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["unet/entry.onnx", "unet/weights.bin", "step_plan.json", "tokenizer/tokenizer.json", "recipe.yaml"]
+    "name", ["unet/time-down_1.onnx", "unet/weights.bin", "step_plan.json", "tokenizer/tokenizer.json", "recipe.yaml"]
 )
 def test_a_changed_or_missing_file_is_seen(name: str, tiny_engine: Path, tmp_path: Path) -> None:
     folder = tmp_path / "engine"
@@ -208,7 +215,7 @@ def test_a_link_in_place_of_a_file_is_refused(tiny_engine: Path, tmp_path: Path)
 
 def graph_path(value: str) -> Callable[[dict[str, Any]], None]:
     def change(raw: dict[str, Any]) -> None:
-        raw["targets"]["onnxruntime-cpu"]["graphs"]["entry"] = value
+        raw["targets"]["onnxruntime-cpu"]["graphs"]["time-down_1"] = value
 
     return change
 
@@ -224,7 +231,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a path upwards": (graph_path("../secret.onnx"), "leads out of the engine"),
     "an absolute path": (graph_path("/etc/passwd"), "leads out of the engine"),
     "a path upwards from within": (graph_path("unet/../../secret.onnx"), "leads out of the engine"),
-    "a path of another system": (graph_path("unet\\entry.onnx"), "leads out of the engine"),
+    "a path of another system": (graph_path("unet\\time-down_1.onnx"), "leads out of the engine"),
     "a path with a drive": (graph_path("c:/entry.onnx"), "not in its plain form"),
     "a path that is none": (graph_path(""), "leads out of the engine"),
     "a graph that is not listed": (graph_path("unet/other.onnx"), "does not list it"),
@@ -283,11 +290,11 @@ def test_sealed_nonsense_is_refused_all_the_same(tiny_engine: Path, tmp_path: Pa
 
     def swapped(raw: dict[str, Any]) -> None:
         graphs = raw["targets"]["onnxruntime-cpu"]["graphs"]
-        graphs["entry"] = graphs["deep"]
+        graphs["time-down_1"] = graphs["down_2-up_2"]
 
     shutil.rmtree(folder)
     folder = altered(tiny_engine, tmp_path, swapped)
-    with pytest.raises(EngineError, match="'entry' does not compute 'emb'"):
+    with pytest.raises(EngineError, match="'time-down_1' does not compute 'emb'"):
         Engine.open(folder, "onnxruntime-cpu")
 
 

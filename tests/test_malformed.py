@@ -119,7 +119,7 @@ RECIPES: dict[str, tuple[bytes, int, str]] = {
     "an unknown pass": (swap(b"- cache:", b"- prun:"), 2, "'prun' is not a pass; known: quantize, cache"),
     "passes as a mapping": (RECIPE.replace(b"  - ", b"  "), 2, "passes: is a mapping, not a list of passes"),
     "two passes in one item": (RECIPE.replace(b"  - cache", b"    cache"), 2, "passes[0]: is 2 keys, not one pass"),
-    "an empty pass": (swap(b"cache: {cut: 1, interval: 2}", b"cache:"), 2, "passes[1].cache.cut: is missing"),
+    "an empty pass": (swap(b"quantize: {scheme: int8-w8a8}", b"quantize:"), 2, "quantize.scheme: is missing"),
     "a pass that is a number": (swap(b"- cache: {cut: 1, interval: 2}", b"- 7"), 2, "passes[1]: is the number 7"),
     "a wrong scheme": (swap(b"int8-w8a8", b"int9-w9a9"), 2, "'int9-w9a9' is not a scheme; known: "),
     "an order that is not legal": (
@@ -461,7 +461,8 @@ def foreign_weights(engine: Path) -> None:
     reseal(engine)
 
 
-GRAPH, POOL = "unet/entry.onnx", "unet/weights.bin"
+ENTRY = "time-down_1"
+GRAPH, POOL = f"unet/{ENTRY}.onnx", "unet/weights.bin"
 
 
 def row(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -484,14 +485,17 @@ ENGINES: dict[str, tuple[Callable[[Path], object], str]] = {
     "files that are text": (edit_json("manifest.json", files="all"), "manifest.json"),
     "another family": (edit_json("manifest.json", family="other"), "was changed after"),
     "another hash": (edit_json("manifest.json", engine_hash="0" * 64), "was changed after"),
-    "a path that climbs out": (resealed(lambda m: row(m)["graphs"].update(entry="../entry.onnx")), "leads out"),
-    "an absolute path": (resealed(lambda m: row(m)["graphs"].update(entry="/etc/hostname")), "leads out"),
-    "a path with a backslash": (resealed(lambda m: row(m)["graphs"].update(entry="..\\x.onnx")), "leads out"),
+    "a path that climbs out": (resealed(lambda m: row(m)["graphs"].update({ENTRY: "../entry.onnx"})), "leads out"),
+    "an absolute path": (resealed(lambda m: row(m)["graphs"].update({ENTRY: "/etc/hostname"})), "leads out"),
+    "a path with a backslash": (resealed(lambda m: row(m)["graphs"].update({ENTRY: "..\\x.onnx"})), "leads out"),
     "a tokenizer elsewhere": (resealed(lambda m: m["tokenizers"].update(tokenizer="../..")), "leads out"),
-    "a graph that is not listed": (resealed(lambda m: row(m)["graphs"].update(entry="unet/x.onnx")), "does not list"),
-    "a graph for no segment": (resealed(lambda m: row(m)["graphs"].pop("entry")), "no graph for the segment"),
+    "a graph that is not listed": (
+        resealed(lambda m: row(m)["graphs"].update({ENTRY: "unet/x.onnx"})),
+        "does not list",
+    ),
+    "a graph for no segment": (resealed(lambda m: row(m)["graphs"].pop(ENTRY)), "no graph for the segment"),
     "an unknown backend": (resealed(lambda m: row(m).update(backend="evil")), "the backend 'evil' is unknown"),
-    "an unknown option": (resealed(lambda m: row(m)["options"].update(entry={"provider": "x"})), "option"),
+    "an unknown option": (resealed(lambda m: row(m)["options"].update({ENTRY: {"provider": "x"}})), "option"),
     "a height of zero": (resealed(lambda m: m["shapes"].update(height=[0, 0, 0])), "shapes.height"),
     "a latent of another size": (resealed(lambda m: m["latent"].update(channels=7)), "(2, 7, 8, 8)"),
     "a latent with an unknown key": (resealed(lambda m: m["latent"].update(extra=7)), "latent cannot be read"),
@@ -499,7 +503,7 @@ ENGINES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a latent scaled by nothing": (resealed(lambda m: m["latent"].update(scaling_factor=0.0)), "makes no sense"),
     "a latent that is huge": (resealed(lambda m: m["latent"].update(downscale=10**12)), "makes no sense"),
     "a conditioning of no kind": (resealed(lambda m: m["conditioning"].update(kind="magic")), "magic"),
-    "a flipped bit in a graph": (flip(GRAPH), "is damaged: unet/entry.onnx"),
+    "a flipped bit in a graph": (flip(GRAPH), f"is damaged: {GRAPH}"),
     "a flipped bit in the weights": (flip(POOL), "is damaged: unet/weights.bin"),
     "a flipped bit in the plan": (flip("step_plan.json"), "is damaged: step_plan.json"),
     "a flipped bit in a tokenizer": (flip("tokenizer/tokenizer.json"), "is damaged: tokenizer/tokenizer.json"),
@@ -508,11 +512,11 @@ ENGINES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing folder": (remove("tokenizer"), "is missing"),
     "weights behind a link": (link(POOL), "is a link"),
     "a folder behind a link": (link("unet"), "is a link"),
-    "a graph that is text": (resealed_file(GRAPH, b"not a graph"), "entry.onnx"),
-    "an empty graph": (resealed_file(GRAPH, b""), "entry.onnx"),
+    "a graph that is text": (resealed_file(GRAPH, b"not a graph"), f"{ENTRY}.onnx"),
+    "an empty graph": (resealed_file(GRAPH, b""), f"{ENTRY}.onnx"),
     "another graph in its place": (
-        lambda engine: (shutil.copy(engine / "unet/exit.onnx", engine / GRAPH), reseal(engine)),
-        "entry",
+        lambda engine: (shutil.copy(engine / "unet/up_1-head.onnx", engine / GRAPH), reseal(engine)),
+        ENTRY,
     ),
     "empty weights": (resealed_file(POOL, b""), "cannot load"),
     "weights outside the engine": (foreign_weights, "External data path"),

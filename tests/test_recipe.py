@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import RecipeError
+from compress.nearest import listed
 from compress.passes import PASSES
 from compress.recipe.reader import pass_fields
 from compress.recipe.schema import Range, Recipe
@@ -154,7 +155,7 @@ def test_the_fields_of_every_pass_are_its_recipe_keys(folder: Path, name: str) -
     fields = [column.name for column in dataclasses.fields(PASSES[name]) if column.init]  # type: ignore[arg-type]
     sentence = error_of(folder, f"passes=[{{{name}: {{no_such_key: 1}}}}]")
     assert sentence.startswith("--set passes=")
-    assert f"passes[0].{name}.no_such_key: is not a known key; known: {', '.join(fields)}" in sentence
+    assert f"passes[0].{name}.no_such_key: is not a known key; known: {listed(fields)}" in sentence
 
 
 PLACES = {

@@ -78,7 +78,11 @@ class Family(ABC):
 
     @abstractmethod
     def units(self, denoiser: Network) -> list[Unit]:
-        """The denoiser unit by unit, in running order; the last gives `output` last."""
+        """The denoiser unit by unit, in running order; the last gives `output` last.
+
+        Block transformers also have units that only gates read: `change_i`, what the first i blocks add to the image
+        tokens, and `modulated`, the input of the first attention.
+        """
 
     @abstractmethod
     def deep_slot(self, denoiser: Network, cut: int) -> Slot:

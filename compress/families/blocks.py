@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from compress.errors import RefusedError
 from compress.families.base import Family
-from compress.families.segments import Network
+from compress.families.segments import Network, Unit
 from export.step_plan import Slot
 
 
@@ -53,6 +53,15 @@ class BlockTransformer(Family):
     @override
     def latent_multiple(self, denoiser: Network) -> int:
         return int(denoiser.config.patch_size)
+
+
+def change(count: int) -> Unit:
+    """The unit that says what the first `count` blocks add to the image tokens: what First-Block-Cache watches."""
+
+    def run(_: Network, tokens: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+        return (tokens - first,)
+
+    return Unit(f"change_{count}", (f"tokens_{count}", "tokens_0"), (f"change_{count}",), run)
 
 
 def unpatchify(patches: Tensor, latent: Tensor, patch: int) -> Tensor:

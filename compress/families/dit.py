@@ -8,7 +8,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from compress.errors import RefusedError
-from compress.families.blocks import BlockTransformer, unpatchify
+from compress.families.blocks import BlockTransformer, change, unpatchify
 from compress.families.segments import Network, Unit
 from compress.families.sublayers import Kind, Sublayer
 
@@ -51,11 +51,17 @@ class DiT(BlockTransformer):
             patches = model.proj_out_2(model.norm_out(tokens) * (1 + scale[:, None]) + shift[:, None])
             return (unpatchify(patches, hidden, model.config.patch_size)[:, : model.config.in_channels],)
 
+        def modulate(model: Network, tokens: Tensor, timestep: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+            norm = model.transformer_blocks[0].norm1
+            return (norm(tokens, timestep, label, hidden_dtype=tokens.dtype)[0],)
+
+        modulated = Unit("modulate", ("tokens_0", "timestep", "class_labels"), ("modulated",), modulate)
         count = self.block_count(denoiser)
         ends = ("transformer_blocks.0.norm1.emb", "proj_out_1", "proj_out_2")
         return [
             Unit("embed", ("hidden_states",), ("tokens_0",), embed, ("pos_embed",)),
-            *(block(index) for index in range(count)),
+            modulated,
+            *(unit for index in range(count) for unit in (block(index), change(index + 1))),
             Unit("head", (f"tokens_{count}", *self.conditioning), (self.output,), head, ends),
         ]
 

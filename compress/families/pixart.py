@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from compress.errors import RefusedError
-from compress.families.blocks import BlockTransformer, unpatchify
+from compress.families.blocks import BlockTransformer, change, unpatchify
 from compress.families.dit import refuse_extra_channels
 from compress.families.segments import Network, Unit
 from compress.families.sublayers import Kind, Sublayer
@@ -69,13 +69,20 @@ class PixArt(BlockTransformer):
             patches = model.proj_out(model.norm_out(tokens) * (1 + scale) + shift)
             return (unpatchify(patches, hidden, model.config.patch_size)[:, : model.config.in_channels],)
 
+        def modulate(model: Network, tokens: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
+            first = model.transformer_blocks[0]
+            table = first.scale_shift_table[None] + modulation.reshape(tokens.shape[0], 6, -1)
+            shift, scale, *_ = table.chunk(6, dim=1)
+            return (first.norm1(tokens) * (1 + scale) + shift,)
+
         count = self.block_count(denoiser)
         prompt = ("encoder_hidden_states", "encoder_attention_mask")
         return [
             Unit("time", ("timestep",), ("modulation", "temb"), time, ("adaln_single",)),
             Unit("embed", ("hidden_states",), ("tokens_0",), embed, ("pos_embed",)),
+            Unit("modulate", ("tokens_0", "modulation"), ("modulated",), modulate),
             Unit("text", prompt, ("context", "bias"), text, ("caption_projection",)),
-            *(block(index) for index in range(count)),
+            *(unit for index in range(count) for unit in (block(index), change(index + 1))),
             Unit(
                 "head",
                 (f"tokens_{count}", "temb", "hidden_states"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from compress.errors import RefusedError
-from compress.families.blocks import BlockTransformer, unpatchify
+from compress.families.blocks import BlockTransformer, change, unpatchify
 from compress.families.segments import Network, Unit
 from compress.families.sublayers import KINDS, Kind, Sublayer
 from export.step_plan import Slot
@@ -60,6 +60,9 @@ class SD3(BlockTransformer):
             made = (f"tokens_{index + 1}", f"context_{index + 1}")[: 1 if index == count - 1 else 2]
             return Unit(f"block_{index}", given, made, run, (f"transformer_blocks.{index}",))
 
+        def modulate(model: Network, tokens: Tensor, temb: Tensor) -> tuple[Tensor, ...]:
+            return (model.transformer_blocks[0].norm1(tokens, emb=temb)[0],)
+
         def head(model: Network, tokens: Tensor, temb: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
             patches = model.proj_out(model.norm_out(tokens, temb))
             return (unpatchify(patches, hidden, model.config.patch_size),)
@@ -67,8 +70,9 @@ class SD3(BlockTransformer):
         return [
             Unit("time", ("timestep", "pooled_projections"), ("temb",), time, ("time_text_embed",)),
             Unit("embed", ("hidden_states",), ("tokens_0",), embed, ("pos_embed",)),
+            Unit("modulate", ("tokens_0", "temb"), ("modulated",), modulate),
             Unit("text", ("encoder_hidden_states",), ("context_0",), text, ("context_embedder",)),
-            *(block(index) for index in range(count)),
+            *(unit for index in range(count) for unit in (block(index), change(index + 1))),
             Unit("head", (f"tokens_{count}", "temb", "hidden_states"), (self.output,), head, ("norm_out", "proj_out")),
         ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -103,13 +103,12 @@ class Program:
             RefusedError: a slot keeps what no unit computes, or a path computes what it reads.
         """
         self._denoiser = denoiser
-        self._units = list(units)
-        self._layout = layout
         self._output = units[-1].outputs[-1]
+        self._layout = layout
+        self._units = _used(units, {self._output, *layout.watch, *_kept(layout)})
         self._inside = {tensor: sublayer for sublayer in sublayers for tensor in sublayer.tensors}
         produced = {tensor for unit in units for tensor in unit.outputs}
-        kept = [tensor for slot in layout.slots.values() for tensor in (slot.tensor, slot.base) if tensor is not None]
-        for tensor in (*kept, *layout.watch):
+        for tensor in (*_kept(layout), *layout.watch):
             if tensor not in produced and tensor not in self._inside:
                 raise RefusedError(f"the layout keeps {tensor!r}, which no unit of the denoiser computes")
         self.runs = {path: self._needed(path) for path in layout.paths}
@@ -225,7 +224,7 @@ class Program:
         inputs = tuple(dict.fromkeys(tensor for unit in units for tensor in unit.inputs if tensor not in made))
         others = [unit for at, unit in enumerate(self._units) if at not in group]
         taken = {tensor for unit in others for tensor in unit.inputs} | set(self._layout.watch) | {self._output}
-        taken |= {tensor for slot in self._layout.slots.values() for tensor in (slot.tensor, slot.base) if tensor}
+        taken |= set(_kept(self._layout))
         outputs = tuple(tensor for tensor in made if tensor in taken)
 
         def run(denoiser: Network, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -238,12 +237,18 @@ class Program:
         return Unit(name, inputs, outputs, run)
 
 
-def follow(denoiser: Network, units: Sequence[Unit], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run units one after the other; every tensor by its name."""
-    known = dict(inputs)
-    for unit in units:
-        known.update(zip(unit.outputs, unit.run(denoiser, *(known[name] for name in unit.inputs)), strict=True))
-    return known
+def _used(units: Sequence[Unit], wanted: set[str]) -> list[Unit]:
+    """The units something comes of; the others are there for gates alone."""
+    found: list[Unit] = []
+    for unit in reversed(units):
+        if wanted.intersection(unit.outputs):
+            found.append(unit)
+            wanted = wanted | set(unit.inputs)
+    return found[::-1]
+
+
+def _kept(layout: Layout) -> list[str]:
+    return [tensor for slot in layout.slots.values() for tensor in (slot.tensor, slot.base) if tensor is not None]
 
 
 def _crossing(name: str, slot: Slot) -> str:

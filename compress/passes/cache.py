@@ -1,156 +1,245 @@
-"""The `cache` pass: deep features are computed at some network calls and forecast at the others."""
+"""The `cache` pass: parts of the denoiser are computed at some network calls and forecast at the others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Interval
 from typing_extensions import override
 
 from compress.errors import PassError, RefusedError
+from compress.nearest import listed, unknown
 from compress.passes.base import Edit, Pass, PassContext
-from export.step_plan import Segment, Step, StepPlan, StepPlanError
+from export.step_plan import Segment, StepPlan, StepPlanError
 
 if TYPE_CHECKING:
+    from compress.caching.method import Cached, Job
+    from compress.families import Layout
     from compress.model.latent_diffusion import LatentDiffusion
     from export.target import Target
 
-Method = Literal["deepcache"]
-Forecast = Literal["reuse", "taylor1"]
-
-_HISTORY: dict[Forecast, int] = {"reuse": 1, "taylor1": 2}
+ForecastName = Literal["reuse", "taylor1", "taylor", "hermite"]
+GateName = Literal["static", "dynamic"]
+ScheduleName = Literal["uniform", "signed-power"]
 
 
 @dataclass(frozen=True)
 class Cache(Pass):
-    """Cut the denoiser once, and run its deep segment at a uniform interval only.
+    """Cache by a published method. A field left out takes the default of the method's paper; see `METHODS`.
 
     Attributes:
+        method: a row of `compress.caching.methods.METHODS`.
         cut: where; `compress inspect` lists the cuts of a model. For a UNet, cut k is branch k of DeepCache; for a
             transformer, the number of leading blocks that always run.
         interval: network calls from one full call to the next.
-        method: which segments are skipped; `deepcache` skips everything below one cut.
-        forecast: what stands for the skipped features: the last ones (`reuse`), or their line through the last two
-            full calls (`taylor1`; TaylorSeer, Liu et al. 2025, arXiv 2503.06923, order 1).
-        warmup: full calls at the start; by default as many as the forecast looks back to.
-        damping: factor on the slope of `taylor1`.
+        schedule: of DeepCache: `uniform`, or `signed-power` (its non-uniform one), denser by `power` around `center`.
+        forecast: what stands for skipped tensors: the last ones (`reuse`), or a polynomial through the last full calls
+            (`taylor1`; `taylor` and `hermite` of some `order`).
+        damping: factor on the slope of a Taylor forecast; scale of a Hermite one.
+        warmup: full calls at the start.
+        key_steps: of encoder propagation: a named set, every m-th call, or a list.
+        inject: of encoder propagation: how much of the first latent is added in the second half.
+        span: of encoder propagation: decoders between key steps run as one batch.
+        front, back: leading and trailing transformer blocks outside the cached range.
+        boundary: of Delta-DiT: share of the calls before which the rear blocks are cached.
+        threshold: of what a cached call may miss, in the method's own measure.
+        max_run, max_cached: most cached calls in a row, and in all.
+        retention: of MagCache: share of leading calls that are full.
+        gate: `static` decides once, in calibration; `dynamic` per sample at run time.
+        polynomial: of TeaCache: coefficients, highest power first; fitted in calibration by default.
+        cross_interval, timesteps: of PAB: the interval of cross-attention, and between which timesteps it caches.
+        gate_share, later_interval: of T-GATE: the share of calls with cross-attention, and the interval of
+            self-attention after them.
+        sigma: of the guidance interval: noise over signal, (low, high], where guidance is on.
     """
 
     name: ClassVar[str] = "cache"
-    paper: ClassVar[str] = "DeepCache, Ma et al. 2023, arXiv 2312.00858"
+    paper: ClassVar[str] = "see compress/caching/methods.py"
     needs: ClassVar[frozenset[str]] = frozenset()
     changes: ClassVar[frozenset[str]] = frozenset({"graph", "plan"})
 
-    cut: Annotated[int, Ge(0)]
-    interval: Annotated[int, Ge(2)]
-    method: Method = "deepcache"
-    forecast: Forecast = "reuse"
+    method: str = "deepcache"
+    cut: Annotated[int, Ge(0)] | None = None
+    interval: Annotated[int, Ge(2)] | None = None
+    schedule: ScheduleName | None = None
+    center: Annotated[int, Ge(0)] | None = None
+    power: Annotated[float, Ge(1.0)] | None = None
+    forecast: ForecastName | None = None
+    order: Annotated[int, Interval(ge=1, le=4)] | None = None
+    damping: Annotated[float, Interval(ge=0.0, le=2.0)] | None = None
     warmup: Annotated[int, Ge(1)] | None = None
-    damping: Annotated[float, Interval(ge=0.0, le=2.0)] = 1.0
+    key_steps: str | int | list[int] | None = None
+    inject: Annotated[float, Interval(ge=0.0, le=0.1)] | None = None
+    span: bool | None = None
+    front: Annotated[int, Ge(1)] | None = None
+    back: Annotated[int, Ge(0)] | None = None
+    boundary: Annotated[float, Interval(ge=0.0, le=1.0)] | None = None
+    threshold: Annotated[float, Ge(0.0)] | None = None
+    max_run: Annotated[int, Ge(1)] | None = None
+    max_cached: Annotated[int, Ge(1)] | None = None
+    retention: Annotated[float, Interval(ge=0.0, le=1.0)] | None = None
+    gate: GateName | None = None
+    polynomial: list[float] | None = None
+    cross_interval: Annotated[int, Ge(1)] | None = None
+    timesteps: list[float] | None = None
+    gate_share: Annotated[float, Interval(gt=0.0, le=1.0)] | None = None
+    later_interval: Annotated[int, Ge(1)] | None = None
+    sigma: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the method's name, and that it knows the fields given.
+
+        Raises:
+            RefusedError: begins with the field.
+        """
+        from compress.caching.methods import METHODS
+
+        if self.method not in METHODS:
+            raise RefusedError(f"method: {unknown(self.method, 'a caching method', METHODS)}")
+        own = METHODS[self.method].options
+        for key in self._given():
+            if key not in own:
+                raise RefusedError(f"{key}: the method {self.method} has no such option; its own: {listed(own)}")
+        for key in ("timesteps", "sigma"):
+            pair = getattr(self, key)
+            if pair is not None and (len(pair) != 2 or not pair[0] < pair[1]):
+                raise RefusedError(f"{key}: {pair} is not [low, high] with low < high")
+
+    def _given(self) -> dict[str, Any]:
+        """The options that are set."""
+        names = [column.name for column in fields(self) if column.name != "method"]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options of the method, its paper's defaults filled in."""
+        from compress.caching.methods import METHODS
+
+        return {**METHODS[self.method].options, **self._given()}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration decides which calls are full."""
+        from compress.caching.methods import METHODS
+
+        return METHODS[self.method].calibrated(self.options)
 
     @override
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
-        cached = self._rewritten(model)
-        info = model.family.cut_info(model.denoiser, self.cut)
-        shallow = [row for row, step in enumerate(cached.steps) if step.path == "shallow"]
-        saved = len(shallow) / cached.network_calls * (1.0 - info.macs_share)
+        from compress.caching.methods import METHODS
+
+        job = self._job(model)
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.denoiser.parameters())
-        why = (
-            f"cut {self.cut}, at {info.name}: {len(shallow)} of {cached.network_calls} calls run the shallow path, "
-            f"which has {info.macs_share:.1%} of the MACs; {saved:.1%} of all MACs are saved"
-        )
-        edits = [Edit(self.name, "denoiser", "cut", size, size, why)]
-        for row in shallow:
-            alphas = ", ".join(f"{alpha:.4g}" for alpha in cached.steps[row].read["deep"])
-            edits.append(Edit(self.name, f"step {row}", "shallow", 0, 0, f"reads the cached features times {alphas}"))
+        if self.calibrated:
+            layout = self._refusing(METHODS[self.method].layout, job)
+            why = f"{self.method}{_costs(model, layout)}; which calls take it is decided by calibration"
+            return [Edit(self.name, "denoiser", "cut", size, size, why)]
+        cached = self._refusing(METHODS[self.method].build, job)
+        edits = [Edit(self.name, "denoiser", "cut", size, size, self._summary(model, cached))]
+        for row, (before, after) in enumerate(zip(job.plan.steps, cached.steps, strict=True)):
+            if after.read:
+                edits.append(Edit(self.name, f"step {row}", after.path, 0, 0, _reads(after.read)))
+            elif after.guidance != before.guidance:
+                edits.append(Edit(self.name, f"step {row}", "unguided", 0, 0, "runs the conditional half alone"))
         return edits
 
     @override
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
-        model.step_plan = self._rewritten(model)
-        model.layout = model.family.cut_layout(model.denoiser, self.cut)
+        from compress.caching.methods import METHODS
+
+        job, method = self._job(model), METHODS[self.method]
+        if method.recorder is not None and self.calibrated:
+            from compress.caching.statistics import collect
+
+            layout = method.layout(job)
+            if layout is None:
+                raise PassError(f"the method {self.method} has a recorder, but keeps nothing it could watch")
+            job = replace(job, statistics=collect(model, layout, method.recorder(job), context))
+        cached = self._refusing(method.build, job)
+        model.step_plan = _replanned(model, job.plan, cached)
+        model.layout = cached.layout
 
     @override
     def check(self, model: LatentDiffusion, edits: Sequence[Edit]) -> None:
-        planned = {edit.module for edit in edits if edit.action == "shallow"}
-        if model.layout != model.family.cut_layout(model.denoiser, self.cut) or model.step_plan is None:
-            raise PassError(f"the model is not cut at {self.cut} as planned")
-        found = {f"step {row}" for row, step in enumerate(model.step_plan.steps) if step.path == "shallow"}
-        if found != planned:
-            raise PassError(f"{len(found)} network calls run the shallow path, but {len(planned)} were planned")
+        plan = model.step_plan
+        if plan is None:
+            raise PassError("the model has no step plan")
         segments = {segment.name: Segment(segment.inputs, segment.outputs) for segment in model.segments()}
-        if segments != model.step_plan.segments:
+        if segments != plan.segments:
             raise PassError("the step plan names other segments than the model has")
+        found = {f"step {row}": step.path for row, step in enumerate(plan.steps) if step.read}
+        planned = {edit.module: edit.action for edit in edits if edit.module.startswith("step ")}
+        reading = {row: path for row, path in planned.items() if path != "unguided"}
+        if not self.calibrated and found != reading:
+            raise PassError(f"{len(found)} network calls read from slots, but {len(reading)} were planned")
+        if self.calibrated and not found:
+            raise PassError(f"the method {self.method} cached no network call")
+        unguided = [row for row, path in planned.items() if path == "unguided"]
+        if any(plan.steps[int(row.removeprefix("step "))].guidance != "none" for row in unguided):
+            raise PassError("a network call that was to run without guidance is guided")
         try:
-            model.step_plan.validate(model.family.conditioning)
+            plan.validate(model.family.conditioning)
         except StepPlanError as error:
             raise PassError(f"the rewritten step plan is not valid: {error}") from error
 
-    def _rewritten(self, model: LatentDiffusion) -> StepPlan:
-        """The model's step plan over the segments of the cut, its rows full or shallow."""
-        plan = _uncached(model)
-        self._check_fields(plan.network_calls)
-        segments, paths, slots = model.family.segments(
-            model.denoiser, model.family.cut_layout(model.denoiser, self.cut)
+    def _refusing(self, build: Any, job: Job) -> Any:
+        try:
+            return build(job)
+        except RefusedError as error:
+            raise RefusedError(f"cache: {error}") from error
+
+    def _job(self, model: LatentDiffusion) -> Job:
+        from compress.caching.method import Job
+
+        return Job(model.family, model.denoiser, _uncached(model), self.options)
+
+    def _summary(self, model: LatentDiffusion, cached: Cached) -> str:
+        calls = len(cached.steps)
+        taken = Counter(step.path for step in cached.steps if step.read)
+        if cached.layout is None:
+            unguided = sum(step.guidance == "none" for step in cached.steps)
+            return f"{self.method}: {unguided} of {calls} calls run the conditional half alone"
+        costs = model.family.path_costs(model.denoiser, cached.layout)
+        saved = sum(count * (1.0 - costs[path].macs_share) for path, count in taken.items()) / calls
+        runs = ", ".join(
+            f"{count} of {calls} calls run the {path} path, which has {costs[path].macs_share:.1%} of the MACs"
+            for path, count in taken.items()
         )
-        history = _HISTORY[self.forecast]
-        return replace(
-            plan,
-            segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
-            paths=paths,
-            slots={name: replace(slot, history=history) for name, slot in slots.items()},
-            steps=tuple(self._rows(plan.steps, *slots)),
-        )
+        return f"{self.method}{self._place(model)}: {runs}; {saved:.1%} of all MACs are saved"
 
-    def _rows(self, steps: Sequence[Step], slot: str) -> list[Step]:
-        rows, full = [], self.full_calls(len(steps))
-        for row, step in enumerate(steps):
-            if row in full:
-                rows.append(replace(step, path="full", write=(slot,)))
-            else:
-                done = [call for call in full if call < row]
-                rows.append(replace(step, path="shallow", read={slot: self.coefficients(row, done)}))
-        return rows
+    def _place(self, model: LatentDiffusion) -> str:
+        cut = self.options.get("cut")
+        return "" if cut is None else f", cut {cut}, at {model.family.cut_names(model.denoiser)[cut]}"
 
-    def full_calls(self, calls: int) -> list[int]:
-        """The rows that run the full path: the warm-up, then every `interval`-th."""
-        warmup = self._warmup
-        return [row for row in range(calls) if row < warmup or (row - warmup + 1) % self.interval == 0]
 
-    def coefficients(self, row: int, full: Sequence[int]) -> tuple[float, ...]:
-        """Forecast coefficients at `row` over the features of the `full` calls before it, newest first.
+def _costs(model: LatentDiffusion, layout: Layout | None) -> str:
+    """What the cached paths of a layout cost, in words."""
+    if layout is None:
+        return ""
+    costs = model.family.path_costs(model.denoiser, layout)
+    shares = [
+        f"the {path} path has {costs[path].macs_share:.1%} of the MACs" for path in layout.paths if path != "full"
+    ]
+    return f": {', '.join(shares)}"
 
-        Taylor-1 at distance k from the last full call, which came g after the one before: (1 + d k/g, -d k/g).
-        """
-        if self.forecast == "reuse" or len(full) < _HISTORY["taylor1"]:
-            return (1.0,)
-        slope = self.damping * (row - full[-1]) / (full[-1] - full[-2])
-        return 1.0 + slope, -slope
 
-    @property
-    def _warmup(self) -> int:
-        return _HISTORY[self.forecast] if self.warmup is None else self.warmup
+def _reads(read: Mapping[str, Sequence[float]]) -> str:
+    """The coefficients of a row: those of its first slot, and how many slots share them."""
+    alphas = ", ".join(f"{alpha:.4g}" for alpha in next(iter(read.values())))
+    kept = "the cached features" if len(read) == 1 else f"{len(read)} cached tensors"
+    return f"reads {kept} times {alphas}"
 
-    def _check_fields(self, calls: int) -> None:
-        for key, value, known in (
-            ("method", self.method, get_args(Method)),
-            ("forecast", self.forecast, get_args(Forecast)),
-        ):
-            if value not in known:
-                raise RefusedError(f"cache: {key} {value!r} is unknown; known are {', '.join(known)}")
-        if self.interval < 2:
-            raise RefusedError(f"cache: interval is {self.interval}; below 2 nothing is cached, so leave the pass out")
-        if self._warmup < 1:
-            raise RefusedError(f"cache: warmup is {self.warmup}; the first call must be full, so give at least 1")
-        if not 0.0 <= self.damping <= 2.0:
-            raise RefusedError(f"cache: damping is {self.damping}; it must be from 0 (reuse) to 2")
-        if len(self.full_calls(calls)) == calls:
-            raise RefusedError(
-                f"cache: with {calls} network calls, {self._warmup} of them warm-up, none is left to skip: "
-                "take more sampling steps or a shorter warmup"
-            )
+
+def _replanned(model: LatentDiffusion, plan: StepPlan, cached: Cached) -> StepPlan:
+    """The plan over the segments of the layout."""
+    if cached.layout is None:
+        return replace(plan, steps=cached.steps)
+    segments, paths, slots = model.family.segments(model.denoiser, cached.layout)
+    table = {segment.name: Segment(segment.inputs, segment.outputs) for segment in segments}
+    return replace(plan, segments=table, paths=paths, slots=slots, steps=cached.steps, gate=cached.gate)
 
 
 def _uncached(model: LatentDiffusion) -> StepPlan:
