@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,19 @@ from export.picture import from_pictures, to_pictures
 from export.runtime import LatentSpec, Runtime, RuntimeInputError
 from export.step_plan import Segment, Slot, Step, StepPlan, StepPlanError
 from tests import tiny
+from tests.plain import (
+    FUNCTIONS,
+    PATHS,
+    SEGMENTS,
+    SLOTS,
+    counting,
+    given,
+    over_numpy,
+    plain_loop,
+    random_plan,
+    sampled,
+    unguided,
+)
 
 Folder = Callable[[str], Path]
 PROMPTS = ["a large red circle", "a small blue ring above the yellow square"]
@@ -333,132 +345,6 @@ def test_score_oracle_and_features(tiny_folder: Folder) -> None:
 
 # --- plans over NumPy functions, against a plain loop --------------------------------------------------------------
 
-SEGMENTS = {
-    "entry": Segment(("sample", "timestep", "label"), ("skip",)),
-    "deep": Segment(("skip", "label"), ("up",)),
-    "exit": Segment(("up", "skip"), ("out",)),
-}
-PATHS = {"full": ("entry", "deep", "exit"), "shallow": ("entry", "exit")}
-SLOTS = {
-    "feature": Slot("up", history=3),
-    "residual": Slot("up", "residual", base="skip", history=2),
-    "output": Slot("out", "output", history=2),
-}
-
-
-def entry(sample: np.ndarray, timestep: np.ndarray, label: np.ndarray) -> np.ndarray:
-    return np.tanh(sample * (1 + timestep[:, None, None, None] / 7) + label)
-
-
-def deep(skip: np.ndarray, label: np.ndarray) -> np.ndarray:
-    return np.sin(3 * skip - label)
-
-
-def leave(up: np.ndarray, skip: np.ndarray) -> np.ndarray:
-    return up * np.float32(1.25) - skip * np.float32(0.5)
-
-
-def functions(batches: list[int] | None = None) -> dict[str, Any]:
-    def first(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if batches is not None:
-            batches.append(len(tensors["sample"]))
-        return {"skip": entry(tensors["sample"], tensors["timestep"], tensors["label"])}
-
-    return {
-        "entry": first,
-        "deep": lambda tensors: {"up": deep(tensors["skip"], tensors["label"])},
-        "exit": lambda tensors: {"out": leave(tensors["up"], tensors["skip"])},
-    }
-
-
-def random_plan(seed: int, rows: int = 12) -> StepPlan:
-    rng = np.random.default_rng(seed)
-    written = dict.fromkeys(SLOTS, 0)
-    steps = []
-    for row in range(rows):
-        readable = [name for name in SLOTS if written[name]]
-        read: dict[str, tuple[float, ...]] = {}
-        write: tuple[str, ...] = ()
-        path = "full"
-        if readable and rng.random() < 0.6:
-            name = str(rng.choice(readable))
-            count = int(rng.integers(1, min(written[name], SLOTS[name].history) + 1))
-            read = {name: (1.0,) if count == 1 and rng.random() < 0.5 else tuple(rng.normal(size=count).tolist())}
-            path = "shallow"
-        if not read:
-            write = tuple(name for name in SLOTS if rng.random() < 0.6)
-        elif "output" not in read and rng.random() < 0.3:
-            write = ("output",)
-        for name in write:
-            written[name] += 1
-        lags = [lag for lag in range(min(row + 1, 4)) if rng.random() < 0.6]
-        guided = bool(rng.random() < 0.5)
-        step = Step(
-            t=float(rng.integers(0, 9)),
-            x={lag: float(rng.normal() / 2) for lag in lags},
-            m={lag: float(rng.normal() / 2) for lag in {0, *lags}},
-            noise=float(rng.choice([0.0, 0.1])),
-            input_scale=float(rng.uniform(0.5, 1)),
-            path=path,
-            write=write,
-            read=read,
-            guidance="cfg" if guided else "none",
-            guidance_scale=2.5 if guided else 1.0,
-        )
-        steps.append(step)
-    return StepPlan(SEGMENTS, PATHS, SLOTS, tuple(steps), init_noise_sigma=1.5)
-
-
-def plain_loop(plan: StepPlan, labels: np.ndarray, negative: np.ndarray, seeds: tuple[int, ...]) -> np.ndarray:
-    """Both guidance halves at every row, each with slots of its own; every latent and output kept; same rounding."""
-    shape = (4, 8, 8)
-    latents, outputs = [np.float32(1.5) * noise(seeds, INITIAL, shape)], []
-    kept: list[dict[str, list[np.ndarray]]] = [{name: [] for name in plan.slots} for _ in range(2)]
-    for row, step in enumerate(plan.steps):
-        halves = []
-        for half, label in enumerate((negative, labels)):
-            slots = kept[half]
-            sample = latents[-1] * np.float32(step.input_scale)
-            time = np.full(len(sample), step.t, np.float32)
-            forecast = {
-                name: sum(np.float32(alpha) * slots[name][-1 - i] for i, alpha in enumerate(alphas))
-                for name, alphas in step.read.items()
-            }
-            if "output" in forecast:
-                halves.append(forecast["output"])
-                continue
-            skip = entry(sample, time, label)
-            if "feature" in forecast:
-                up = forecast["feature"]
-            elif "residual" in forecast:
-                up = skip + forecast["residual"]
-            else:
-                up = deep(skip, label)
-            out = leave(up, skip)
-            halves.append(out)
-            values = {"feature": up, "residual": up - skip, "output": out}
-            for name in step.write:
-                slots[name].append(values[name])
-        uncond, cond = halves
-        outputs.append(uncond + np.float32(step.guidance_scale) * (cond - uncond) if step.guidance == "cfg" else cond)
-        after = np.zeros(latents[-1].shape)
-        for lag, a in step.x.items():
-            after += a * latents[row - lag].astype(np.float64)
-        for lag, b in step.m.items():
-            after += b * outputs[row - lag].astype(np.float64)
-        after += step.noise * noise(seeds, row + 1, shape).astype(np.float64)
-        latents.append(after.astype(np.float32))
-    return latents[-1]
-
-
-def given(samples: int) -> tuple[np.ndarray, np.ndarray]:
-    labels = np.linspace(-1, 1, 2 * samples, dtype=np.float32).reshape(2, samples, 1, 1, 1)
-    return labels[0], labels[1]
-
-
-def over_numpy(plan: StepPlan, batches: list[int] | None = None, **more: Any) -> Runtime:
-    return Runtime(plan, functions(batches), {}, LatentSpec(4, downscale=1), **more)
-
 
 @pytest.mark.parametrize("seed", range(40))
 def test_slots_forecasts_and_mixed_guidance(seed: int) -> None:
@@ -486,11 +372,9 @@ def test_rows_without_guidance_run_one_half_unless_a_guided_row_reads_them() -> 
             )
             for guidance, write, read in rows
         )
-        batches: list[int] = []
-        labels, negative = given(3)
-        runtime = over_numpy(StepPlan(SEGMENTS, PATHS, SLOTS, steps), batches)
-        runtime.sample({"label": labels}, (1, 2, 3), 8, 8, negative_prompts={"label": negative})
-        return batches
+        calls: list[tuple[str, int]] = []
+        sampled(over_numpy(StepPlan(SEGMENTS, PATHS, SLOTS, steps), counting(FUNCTIONS, calls)), (1, 2, 3))
+        return [batch for segment, batch in calls if segment == "entry"]
 
     write, read = ("feature",), {"feature": (1.0,)}
     assert modes(("cfg", write, {}), ("none", (), read), ("none", write, {}), ("none", (), read)) == [6, 3, 3, 3]
@@ -502,16 +386,12 @@ def test_rows_without_guidance_run_one_half_unless_a_guided_row_reads_them() -> 
 
 def test_without_guidance_there_is_no_negative_prompt() -> None:
     plan = random_plan(3)
-    plan = StepPlan(SEGMENTS, PATHS, SLOTS, tuple(_unguided(step) for step in plan.steps), init_noise_sigma=1.5)
-    batches: list[int] = []
+    plan = unguided(plan)
+    calls: list[tuple[str, int]] = []
     labels, negative = given(2)
-    got = over_numpy(plan, batches).sample({"label": labels}, (1, 2), 8, 8)
-    assert set(batches) == {2}
+    got = over_numpy(plan, counting(FUNCTIONS, calls)).sample({"label": labels}, (1, 2), 8, 8)
+    assert {batch for _, batch in calls} == {2}
     np.testing.assert_array_equal(got, plain_loop(plan, labels, negative, (1, 2)))
-
-
-def _unguided(step: Step) -> Step:
-    return replace(step, guidance="none", guidance_scale=1.0)
 
 
 def test_samples_do_not_mix() -> None:
@@ -724,9 +604,9 @@ WRONG: dict[str, tuple[Callable[[Runtime], Any], str]] = {
 def test_what_does_not_fit_is_refused(name: str) -> None:
     ask, message = WRONG[name]
     spec = {"kind": "class", "classes": 10, "labels": {"ring": 1}}
-    runtime = Runtime(random_plan(5), functions(), spec, LatentSpec(4, downscale=1, multiple=2))
+    runtime = Runtime(random_plan(5), FUNCTIONS, spec, LatentSpec(4, downscale=1, multiple=2))
     if "picture" in name:
-        runtime = Runtime(random_plan(5), functions(), spec, LatentSpec(4, downscale=2))
+        runtime = Runtime(random_plan(5), FUNCTIONS, spec, LatentSpec(4, downscale=2))
     with pytest.raises(RuntimeInputError, match=message) as caught:
         ask(runtime)
     assert "\n" not in str(caught.value)
@@ -735,11 +615,11 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
 def test_functions_and_plans_that_do_not_fit_are_refused() -> None:
     plan = random_plan(5)
     with pytest.raises(RuntimeInputError, match="no function for the segment 'deep'"):
-        Runtime(plan, {name: function for name, function in functions().items() if name != "deep"}, {}, LatentSpec(4))
+        Runtime(plan, {name: function for name, function in FUNCTIONS.items() if name != "deep"}, {}, LatentSpec(4))
     with pytest.raises(RuntimeInputError, match="no segment of the plan takes the latent 'latent'"):
-        Runtime(plan, functions(), {}, LatentSpec(4), latent_input="latent")
+        Runtime(plan, FUNCTIONS, {}, LatentSpec(4), latent_input="latent")
     with pytest.raises(StepPlanError, match="no steps"):
-        Runtime(StepPlan(SEGMENTS, PATHS, SLOTS, ()), functions(), {}, LatentSpec(4))
+        Runtime(StepPlan(SEGMENTS, PATHS, SLOTS, ()), FUNCTIONS, {}, LatentSpec(4))
 
 
 def test_a_broken_loop_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
