@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from export.start import start_row, started_at
-from export.step_plan import Segment, Slot, Step, StepPlan, StepPlanError, Update
+from export.step_plan import Gate, Segment, Slot, Step, StepPlan, StepPlanError, Update
 
 CONDITIONING = ("sample", "timestep", "encoder_hidden_states")
 
@@ -68,6 +68,37 @@ def test_round_trip_keeps_every_bit_of_random_numbers() -> None:
     plan = cached()
     steps = tuple(replace(plan.steps[k], m={0: numbers[k]}, noise=-numbers[k + 10]) for k in range(6))
     assert StepPlan.from_json(replace(plan, steps=steps).to_json()).steps == steps
+
+
+def test_plans_written_before_a_key_existed_still_load() -> None:
+    raw = json.loads(cached().to_json())
+    del raw["gate"]
+    for row in raw["steps"]:
+        for key in ("initial", "span", "gated", "level"):
+            del row[key]
+    del raw["slots"]["deep"]["halves"]
+    for updates in raw["starts"].values():
+        for update in updates:
+            del update["initial"]
+    assert StepPlan.from_json(json.dumps(raw)) == cached()
+
+
+def test_round_trip_keeps_the_fields_of_every_kind() -> None:
+    plan = cached()
+    slots = {"deep": replace(plan.slots["deep"], halves="mean")}
+    alone: dict[str, Any] = {"x": {0: 1 / 7}, "guidance": "cfg_sequential"}
+    steps = [replace(step, **alone, read={"deep": (1.0,)} if step.read else {}) for step in plan.steps]
+    steps[0] = replace(steps[0], level=1 / 3, initial=0.003)
+    steps[1] = replace(steps[0], level=1.0, initial=0.0)
+    steps[4] = replace(steps[4], gated=True)
+    starts = {3: (Update({0: 1 / 3}, {0: 1.0}, 0.1, 1 / 9),)}
+    plan = replace(
+        plan, slots=slots, steps=tuple(steps), starts=starts, gate=Gate("skip", 1 / 3, 2, "previous", (0.1, 1 / 7))
+    )
+    again = StepPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again.to_json() == plan.to_json()
+    assert again.gate == plan.gate
 
 
 def test_history_covers_rows_and_starts() -> None:
@@ -149,6 +180,22 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "start that reaches back": (put(1.0, "starts", "3", "0", "x", "1"), "step 3 reaches back before the start"),
     "start whose rows reach back": (put([], "starts", "2"), "step 2 reaches back before the start"),
     "start with NaN": (put(math.nan, "starts", "3", "1", "noise"), "start 3 holds"),
+    "step with a level as text": (put("1", "steps", "0", "level"), "'1' is not a number"),
+    "level of the last row": (put(0.5, "steps", "5", "level"), "step 5 lowers the level from 1.0 to 0.5"),
+    "initial is true": (put(True, "steps", "0", "initial"), "True is not a number"),
+    "initial is NaN": (put(math.nan, "steps", "0", "initial"), "step 0 holds"),
+    "span is half a row": (put(1.5, "steps", "0", "span"), "the span 1.5 is not a whole number"),
+    "span over the end": (put(2, "steps", "5", "span"), "step 5 spans 2 rows, beyond the end"),
+    "gated is a number": (put(1, "steps", "1", "gated"), "neither true nor false"),
+    "gated without a gate": (put(True, "steps", "1", "gated"), "the plan has no gate"),
+    "unknown halves": (put("both", "slots", "deep", "halves"), "unknown halves 'both'"),
+    "halves are a list": (put(["mean"], "slots", "deep", "halves"), "unknown halves"),
+    "base is a number": (put(3, "slots", "deep", "base"), "3 is not a name"),
+    "gate without tensor": (put({"threshold": 0.1, "max_run": 1}, "gate"), "'tensor'"),
+    "slot written twice": (put(["deep", "deep"], "steps", "0", "write"), "writes slot 'deep' twice"),
+    "start with initial as text": (put("1", "starts", "3", "0", "initial"), "'1' is not a number"),
+    "start without noise": (dropped("starts", "3", "0", "noise"), "'noise'"),
+    "start with infinite initial": (put(math.inf, "starts", "3", "1", "initial"), "start 3 holds"),
     "start is text": (put([], "starts", "late"), "cannot be read"),
     "initial sigma is text": (put("1", "init_noise_sigma"), "'1' is not a number"),
     "initial sigma is NaN": (put(math.nan, "init_noise_sigma"), "init_noise_sigma"),
