@@ -137,22 +137,21 @@ class _State:
 
         Copying to float64 before multiplying is several times faster than a multiplication that casts.
         """
-        self._total.fill(0.0)
-        for history, coefficients in ((self.latents, step.x), (self.outputs, step.m)):
-            for lag, coefficient in coefficients.items():
-                self._add(history[lag], coefficient)
+        terms = [(self.latents[lag], coefficient) for lag, coefficient in step.x.items()]
+        terms += [(self.outputs[lag], coefficient) for lag, coefficient in step.m.items()]
         if noise is not None:
-            self._add(noise, step.noise)
+            terms.append((noise, step.noise))
         if step.initial:
-            self._add(self._first, step.initial)
+            terms.append((self._first, step.initial))
+        total, term = self._total, self._term
+        total.fill(0.0)
+        for array, coefficient in terms:
+            term[...] = array
+            np.multiply(term, coefficient, out=term)
+            np.add(total, term, out=total)
         after = self.latents.push()
-        after[...] = self._total
+        after[...] = total
         return after
-
-    def _add(self, array: np.ndarray, coefficient: float) -> None:
-        self._term[...] = array
-        np.multiply(self._term, coefficient, out=self._term)
-        np.add(self._total, self._term, out=self._total)
 
 
 class _History:

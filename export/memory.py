@@ -63,13 +63,14 @@ class Memory:
             values = [value[index] for value in values]
         value = values[0]
         if read.alphas is not None:
-            kept = self.buffer((read.slot, kind), value.shape, np.result_type(value, np.float32))
-            np.multiply(value, read.alphas[0], out=kept)
+            dtype = value.dtype if value.dtype == np.float32 else np.result_type(value, np.float32)
+            total = self.buffer((read.slot, kind), value.shape, dtype)
+            np.multiply(value, read.alphas[0], out=total)
             for older, alpha in zip(values[1:], read.alphas[1:], strict=True):
-                term = self.buffer(("term", read.slot, kind), value.shape, kept.dtype)
+                term = self.buffer(("term", read.slot, kind), value.shape, dtype)
                 np.multiply(older, alpha, out=term)
-                np.add(kept, term, out=kept)
-            value = kept
+                np.add(total, term, out=total)
+            value = total
         if base is not None:
             whole = self.buffer(("residual", read.slot, kind), value.shape, np.result_type(base, value))
             return np.add(base, value, out=whole)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ _PARTS = {"conditional": ("conditional",), "both": ("both",), "sequential": ("un
 """What a row runs one after the other, by how it batches its guidance halves."""
 
 
-@dataclass(frozen=True)
-class Called:
+class Called(NamedTuple):
     """What the network call of one row gave.
 
     Attributes:
@@ -31,7 +30,7 @@ class Called:
 
     halves: Halves
     parts: tuple[Tensors, ...]
-    decision: Tensors = field(default_factory=dict)
+    decision: Mapping[str, np.ndarray] = MappingProxyType({})
 
     def copies(self) -> Tensors:
         """All tensors, both guidance halves in one array each, and the decision of the gate."""
@@ -230,7 +229,8 @@ class Network:
             for call in row.calls:
                 for read in call.reads:
                     tensors[read.tensor] = self._forecasts(rows, read.slot, tensors, ready, kind)
-                self._run(call, tensors)
+                computed = call.function({name: tensors[name] for name in call.inputs})
+                tensors.update((name, computed[name]) for name in call.outputs)
             for read in row.late:
                 tensors[read.tensor] = self._forecasts(rows, read.slot, tensors, ready, kind)
             stacked.append(tensors)
@@ -285,16 +285,12 @@ class Network:
             for read in call.reads:
                 base = None if read.base is None else tensors[read.base]
                 tensors[read.tensor] = self._memory.forecast(row, read, base, found, kind, index)
-            self._run(call, tensors)
+            computed = call.function({name: tensors[name] for name in call.inputs})
+            for name in call.outputs:
+                tensors[name] = computed[name]
         for read in late:
             base = None if read.base is None else tensors[read.base]
             tensors[read.tensor] = self._memory.forecast(row, read, base, found, kind, index)
-
-    @staticmethod
-    def _run(call: Call, tensors: Tensors) -> None:
-        computed = call.function({name: tensors[name] for name in call.inputs})
-        for name in call.outputs:
-            tensors[name] = computed[name]
 
     def _observe(self, row: Row, parts: list[Tensors], gate: GateState) -> None:
         """Tell the gate of a row that it did not decide."""

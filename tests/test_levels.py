@@ -210,8 +210,14 @@ REFUSED: dict[str, tuple[Callable[[StepPlan], StepPlan], str]] = {
         "step 4 is gated, but no full step before it",
     ),
     "span across": (
-        lambda plan: edited(3, path="blind", write=())(edited(2, path="blind", write=(), span=2)(plan)),
-        "step 2 cannot span 2 rows: the level rises at step 3",
+        lambda plan: replace(
+            plan,
+            steps=(
+                Step(1.0, {0: 1.0}, {0: -0.1}, path="blind", level=0.5, span=2),
+                Step(1.0, {0: 1.0}, {0: -0.1}, path="blind"),
+            ),
+        ),
+        "step 0 cannot span 2 rows: the level rises at step 1",
     ),
 }
 
