@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.engine.export_engine import checked_shapes
 from compress.estimate import Estimate, estimate
+from compress.guidance import place_guidance
 from compress.measure.quality import planned_metrics
 from compress.measure.verdict import refuse_gates
 from compress.model.latent_diffusion import LatentDiffusion, load
@@ -18,6 +19,7 @@ from compress.prompts import check_disjoint, read_prompts
 from compress.publish import publish, shapes_of
 from compress.recipe.reader import pass_fields
 from compress.sampler import compile_sampler
+from compress.schedulers import completed
 from compress.store import Store, cache_folder
 from export.step_plan import Segment
 from export.target import Target, target
@@ -85,19 +87,28 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
 
 
 def sample(model: LatentDiffusion, recipe: Recipe) -> None:
-    """Compile the recipe's sampler into the model's step plan."""
+    """Compile the recipe's sampler into the model's step plan.
+
+    Raises:
+        RefusedError: the scheduler cannot be compiled, or the denoiser takes no guidance.
+    """
     name = recipe.sampler.scheduler or model.scheduler_config["_class_name"]
+    height, width = (
+        side // model.latent["downscale"] for side in (recipe.shapes.height.best, recipe.shapes.width.best)
+    )
+    told = model.family.sampler_options(model.denoiser, height, width)
+    scale = place_guidance(model, recipe.sampler.guidance_scale, recipe.sampler.guidance_interval)
     segments, paths, slots = model.family.segments(model.denoiser, model.layout)
     model.step_plan = compile_sampler(
         name,
         model.scheduler_config,
         recipe.sampler.steps,
-        recipe.sampler.guidance_scale,
+        scale,
         recipe.sampler.guidance_interval,
         segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
         paths=paths,
         slots=slots,
-        options=recipe.sampler.options,
+        options=completed(name, model.scheduler_config, recipe.sampler.options, told),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch.overrides import TorchFunctionMode
@@ -95,7 +96,9 @@ def set_up(name: str, config: Mapping[str, Any], steps: int, options: Mapping[st
         config: the model's `scheduler_config.json`; keys of other schedulers are ignored, as diffusers does.
         steps: sampling steps (not network calls).
         options: constructor arguments (`use_karras_sigmas`, `timestep_spacing`, ...), `set_timesteps` arguments
-            (`mu`, `timesteps`, `sigmas`, ...) or `step` arguments (`eta`, `s_noise`, ...).
+            (`mu`, `timesteps`, `sigmas`, ...) or `step` arguments (`eta`, `s_noise`, ...). Two more say what pipelines
+            compute themselves: `image_seq_len` (tokens of a latent) stands for `mu`, and `even_sigmas: true` for
+            `sigmas` from 1 to 1 / steps.
 
     Raises:
         RefusedError: unknown scheduler, unknown option, or one that cannot become a table of coefficients.
@@ -131,6 +134,9 @@ def _sorted(
             sorted_options["step"][key] = value
         elif key == "image_seq_len" and "mu" in set_timesteps:
             sorted_options["timesteps"]["mu"] = _shift(cls, config, options)
+        elif key == "even_sigmas" and "sigmas" in set_timesteps:
+            if value:
+                sorted_options["timesteps"]["sigmas"] = np.linspace(1.0, 1.0 / steps, steps).tolist()
         else:
             allowed = sorted({*constructor, *set_timesteps, *step})
             near = difflib.get_close_matches(key, allowed, n=3, cutoff=0.5)
@@ -147,6 +153,28 @@ def _sorted(
             "(latent tokens of one picture) or mu"
         )
     return SchedulerSetup(cls, config, steps=steps, **sorted_options)
+
+
+def completed(
+    name: str, config: Mapping[str, Any], options: Mapping[str, Any], told: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options, with what the model's pipeline tells its scheduler where neither they nor the scheduler settle it.
+
+    Args:
+        name: class name in diffusers.
+        config: the model's `scheduler_config.json`.
+        options: as for `set_up`.
+        told: `even_sigmas` and `image_seq_len`, as the Flux pipelines compute them.
+    """
+    cls = getattr(diffusers, name, None)
+    taken = [] if cls is None else _parameters(cls.set_timesteps)
+    effective = {**config, **options}
+    left = dict(told)
+    if "sigmas" not in taken or {"sigmas", "timesteps"} & set(options) or effective.get("use_flow_sigmas"):
+        left.pop("even_sigmas", None)
+    if "mu" not in taken or "mu" in options or not effective.get("use_dynamic_shifting"):
+        left.pop("image_seq_len", None)
+    return left | dict(options)
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:

@@ -1,13 +1,14 @@
 """Prompts to the conditioning tensors of a denoiser, as the diffusers pipelines make them, with numpy alone.
 
 A specification is plain JSON data. An encoder entry is {"part": "text_encoder", "tokenizer": "tokenizer",
-"max_length": 77}; CLIP encoders of Stable Diffusion 3 also name the outputs they contribute, {"hidden":
-"hidden_states.11", "pooled": "text_embeds"}.
+"max_length": 77}; CLIP encoders beside others also name the outputs they contribute, {"hidden": "hidden_states.11",
+"pooled": "text_embeds"}.
 
     kind                  encoders                     further keys
     stable-diffusion      one CLIP                     -
     stable-diffusion-3    CLIPs, then perhaps a T5     joint_attention_dim, max_sequence_length (of the zeros that
                                                        stand for an absent T5)
+    flux                  a CLIP, then a T5            guidance (scale for every picture), where it is embedded
     pixart                one T5                       -
     class                 none                         classes (the null class comes after them), and perhaps
                                                        labels: {name: class}
@@ -119,6 +120,21 @@ def _stable_diffusion_3(
     }
 
 
+def _flux(
+    spec: Mapping[str, Any], tokenizers: Mapping[str, Encodes], functions: Functions, prompts: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The pooled embedding of CLIP, and the states of T5, which sees its padding: the pipeline gives it no mask."""
+    clip, t5 = spec["encoders"]
+    ids, _ = _tokens(clip, tokenizers, prompts)
+    pooled = _encoded(clip, functions, input_ids=ids)[clip["pooled"]]
+    ids, mask = _tokens(t5, tokenizers, prompts)
+    states = _encoded(t5, functions, input_ids=ids, attention_mask=np.ones_like(mask))["last_hidden_state"]
+    tensors = {"encoder_hidden_states": states, "pooled_projections": pooled}
+    if "guidance" in spec:
+        tensors["guidance"] = np.full(len(prompts), spec["guidance"], np.float32)
+    return tensors
+
+
 def _pixart(
     spec: Mapping[str, Any], tokenizers: Mapping[str, Encodes], functions: Functions, prompts: Sequence[str]
 ) -> dict[str, np.ndarray]:
@@ -150,6 +166,7 @@ def _label(prompt: Any, labels: Mapping[str, int], classes: int) -> int:
 KINDS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
     "stable-diffusion": _stable_diffusion,
     "stable-diffusion-3": _stable_diffusion_3,
+    "flux": _flux,
     "pixart": _pixart,
     "class": _class,
 }

@@ -23,7 +23,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family name ("unet", "sd3", "dit", "pixart") -> the folder of its toy pipeline; read only."""
+    """Family name (a key of `tests.tiny.PIPELINES`) -> the folder of its toy pipeline; read only."""
     folders: dict[str, Path] = {}
 
     def folder(family: str) -> Path:

@@ -91,6 +91,19 @@ def test_pixart(tiny_folder: Folder) -> None:
     close(got["encoder_attention_mask"], unmask.float())
 
 
+def test_flux(tiny_folder: Folder) -> None:
+    pipeline, model = DiffusionPipeline.from_pretrained(tiny_folder("flux")), models.load(tiny_folder("flux"))
+    length = model.conditioning["max_sequence_length"]
+    cond, pooled, _ = pipeline.encode_prompt(PROMPTS, max_sequence_length=length)
+    got = ours(tiny_folder("flux"), PROMPTS)
+    assert set(got) == {"encoder_hidden_states", "pooled_projections", "guidance"}
+    close(got["encoder_hidden_states"], cond)
+    close(got["pooled_projections"], pooled)
+    np.testing.assert_array_equal(got["guidance"], np.full(4, 3.5, np.float32))
+    assert got["guidance"].dtype == np.float32
+    close(ours(tiny_folder("flux"), unconditional(4))["encoder_hidden_states"][:1], cond[:1])
+
+
 def test_classes(tiny_folder: Folder, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder("dit"), tmp_path / "named")
     index = json.loads((folder / "model_index.json").read_text())
@@ -109,8 +122,8 @@ def test_what_cannot_be_followed_is_refused(tiny_folder: Folder) -> None:
     tokenizers = {name: portable(tokenizer) for name, tokenizer in model.tokenizers.items()}
     with pytest.raises(PromptError, match="a prompt must be text, not 3"):
         encode(model.conditioning, tokenizers, model.functions(), ["a ring", 3])
-    with pytest.raises(PromptError, match="kind 'flux' is none of stable-diffusion"):
-        encode({"kind": "flux"}, tokenizers, model.functions(), ["a ring"])
+    with pytest.raises(PromptError, match="kind 'video' is none of stable-diffusion"):
+        encode({"kind": "video"}, tokenizers, model.functions(), ["a ring"])
     with pytest.raises(PromptError, match="the model has no 'tokenizer'"):
         encode(model.conditioning, {}, model.functions(), ["a ring"])
     with pytest.raises(PromptError, match="the model has no 'text_encoder'"):

@@ -25,8 +25,8 @@ from compress.model.latent_diffusion import load
 from export.step_plan import Segment, Slot, Step, StepPlan
 from tests import tiny
 
-MAKERS = {"unet": tiny.unet, "sd3": tiny.sd3, "dit": tiny.dit, "pixart": tiny.pixart}
-CUTS = [("unet", cut) for cut in range(4)] + [("sd3", cut) for cut in range(4)]
+MAKERS = {"unet": tiny.unet, "sd3": tiny.sd3, "dit": tiny.dit, "pixart": tiny.pixart, "flux": tiny.flux}
+CUTS = [("unet", cut) for cut in range(4)] + [(name, cut) for name in ("sd3", "flux") for cut in range(4)]
 CUTS += [(name, cut) for name in ("dit", "pixart") for cut in range(3)]
 THREE, TWO = 0.0, 1.0  # PAIR_SHARE that forces three disjoint segments, or the pair
 
@@ -78,7 +78,7 @@ def test_paths_are_exact(name: str, cut: int, share: float, monkeypatch: pytest.
     assert (stale - original).abs().max() > 1e-4, "the slot has no effect, so the test above proves nothing"
 
 
-@pytest.mark.parametrize("name", ["unet", "sd3"])
+@pytest.mark.parametrize("name", ["unet", "sd3", "flux"])
 def test_other_sizes_are_exact(name: str) -> None:
     """The segments take any batch, height, width and prompt length, as the original does."""
     family, denoiser = make(name)
@@ -94,7 +94,7 @@ def test_other_sizes_are_exact(name: str) -> None:
 def test_names_are_explicit_and_make_a_valid_plan(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "PAIR_SHARE", share)
     family, denoiser = make(name)
-    assert list(family.example_inputs(denoiser, 1, 8, 8, 4)) == list(family.conditioning)
+    assert list(family.example_inputs(denoiser, 1, 8, 8, 4)) == list(family.inputs(denoiser))
     assert set(family.dynamic_axes()) == set(family.conditioning)
     for cut in [None, *range(len(family.cut_names(denoiser)))]:
         found, paths, slots = family.segments(denoiser, None if cut is None else family.cut_layout(denoiser, cut))
@@ -112,7 +112,7 @@ def test_names_are_explicit_and_make_a_valid_plan(name: str, share: float, monke
         )
         table = {segment.name: Segment(segment.inputs, segment.outputs) for segment in found}
         plan = StepPlan(table, paths, slots, tuple(steps))
-        plan.validate(family.conditioning)
+        plan.validate(family.inputs(denoiser))
         assert plan.output == family.output
 
 
@@ -146,7 +146,8 @@ def test_macs_share(name: str) -> None:
     assert shares == sorted(shares)
     assert 0.0 < shares[0] < shares[-1] < 1.0
     blocks = len(shares)
-    if name != "unet":  # all blocks but the last are equal, so are the steps; the first may begin to read the prompt
+    if name not in ("unet", "flux"):
+        # All blocks but the last are equal, so are the steps; the first may begin to read the prompt.
         steps = [after - before for before, after in itertools.pairwise(shares)]
         assert steps[1:] == pytest.approx([steps[1]] * (blocks - 2))
         assert steps[0] >= steps[1] * (1 - 1e-9)
@@ -253,6 +254,12 @@ def test_sensitive_layers_are_the_thin_ends(name: str) -> None:
         (tiny.dit, {"out_channels": 5}, "takes 4 channels and gives 5"),
         (tiny.pixart, {"use_additional_conditions": True}, "aspect ratio"),
         (tiny.pixart, {"caption_channels": None}, "no caption projection"),
+        (tiny.flux, {"out_channels": 8}, "takes 16 channels and gives 8"),
+        (tiny.flux, {"in_channels": 18}, "takes 18 channels, which are no packed 2 x 2 latent"),
+        (tiny.flux, {"patch_size": 2}, "patch_size 2; only 1"),
+        (tiny.flux, {"num_single_layers": 0}, "no transformer_blocks or no single_transformer_blocks"),
+        (tiny.flux, {"axes_dims_rope": (2, 2, 2)}, "three even numbers that add up to attention_head_dim .8."),
+        (tiny.flux, {"axes_dims_rope": (1, 3, 4)}, "three even numbers"),
     ],
 )
 def test_unsupported_variants_are_refused(maker: Callable[..., Any], overrides: dict[str, Any], reason: str) -> None:
@@ -317,7 +324,7 @@ def keeping(family: Family, denoiser: Any, layout: Layout, share: float, monkeyp
 
 
 @pytest.mark.parametrize("share", [THREE, TWO])
-@pytest.mark.parametrize("name", ["sd3", "dit", "pixart"])
+@pytest.mark.parametrize("name", ["sd3", "dit", "pixart", "flux"])
 @pytest.mark.parametrize(("first", "last"), [(0, 2), (1, 2), (0, 3), (1, 3)])
 def test_any_range_of_blocks(name: str, first: int, last: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A range of blocks is skipped, both streams of an MMDiT included; two ranges give two paths."""

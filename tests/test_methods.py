@@ -26,8 +26,10 @@ REFUSED = {
     ("encoder-propagation", "sd3"),
     ("encoder-propagation", "dit"),
     ("encoder-propagation", "pixart"),
+    ("encoder-propagation", "flux"),
     ("t-gate", "sd3"),
     ("t-gate", "dit"),
+    ("t-gate", "flux"),
     *((name, "unet") for name in ("ddt", "delta-dit", "teacache", "first-block-cache", "dbcache", "magcache")),
 }
 CALIBRATED = ("teacache", "first-block-cache", "dbcache", "magcache", "smoothcache")
@@ -67,7 +69,7 @@ def cached(model: LatentDiffusion, method: str, **options: Any) -> LatentDiffusi
     return changed
 
 
-@pytest.mark.parametrize("family", ["unet", "sd3", "dit", "pixart"])
+@pytest.mark.parametrize("family", ["unet", "sd3", "dit", "pixart", "flux"])
 @pytest.mark.parametrize("method", METHODS)
 def test_contract(models: Callable[[str], LatentDiffusion], method: str, family: str, tmp_path: Path) -> None:
     """The plan runs and differs; with all rows full it is the uncached model; it survives saving; or it refuses."""
@@ -162,7 +164,7 @@ def test_calibrated_thresholds_decide(models: Callable[[str], LatentDiffusion]) 
         cached(models("sd3"), "first-block-cache", threshold=0.0)
 
 
-@pytest.mark.parametrize("family", ["sd3", "dit", "pixart"])
+@pytest.mark.parametrize("family", ["sd3", "dit", "pixart", "flux"])
 @pytest.mark.parametrize(("method", "options"), [("first-block-cache", {}), ("teacache", {"polynomial": [1.0, 0.0]})])
 def test_dynamic_gates_decide_per_sample(
     models: Callable[[str], LatentDiffusion], family: str, method: str, options: dict[str, Any]

@@ -21,7 +21,7 @@ from compress.model.latent_diffusion import STATE_FILE, LatentDiffusion, load
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 from tests import tiny
 
-FAMILIES = ["unet", "sd3", "dit", "pixart"]
+FAMILIES = ["unet", "sd3", "dit", "pixart", "flux"]
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 UNKNOWN_LAYOUT = json.dumps(
     {
@@ -69,6 +69,8 @@ def theirs(pipeline: Any, name: str, inputs: dict[str, torch.Tensor]) -> dict[st
         match name:
             case "denoiser" if hasattr(pipeline, "unet"):
                 return {"out_sample": pipeline.unet(**inputs).sample}
+            case "denoiser" if "Flux" in type(pipeline).__name__:
+                return {"out_hidden_states": flux_output(pipeline, inputs)}
             case "denoiser":
                 extra = (
                     {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if "Pix" in str(pipeline) else {}
@@ -85,11 +87,32 @@ def theirs(pipeline: Any, name: str, inputs: dict[str, torch.Tensor]) -> dict[st
                 "last_hidden_state": encoded.last_hidden_state,
                 "pooler_output": encoded.pooler_output,
             },
+            "FluxPipeline": lambda: (
+                {"last_hidden_state": encoded.last_hidden_state}
+                | ({"pooler_output": encoded.pooler_output} if name == "text_encoder" else {})
+            ),
             "StableDiffusion3Pipeline": lambda: (
                 hidden | {"text_embeds": encoded.text_embeds, "last_hidden_state": encoded.last_hidden_state}
             ),
             "PixArtAlphaPipeline": lambda: {"last_hidden_state": encoded.last_hidden_state},
         }[type(pipeline).__name__]()
+
+
+def flux_output(pipeline: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The transformer called as the pipeline calls it."""
+    latent, states = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    n, c, h, w = latent.shape
+    packed = pipeline.transformer(
+        hidden_states=pipeline._pack_latents(latent, n, c, h, w),
+        timestep=inputs["timestep"] / 1000,
+        guidance=inputs["guidance"],
+        pooled_projections=inputs["pooled_projections"],
+        encoder_hidden_states=states,
+        txt_ids=torch.zeros(states.shape[1], 3),
+        img_ids=pipeline._prepare_latent_image_ids(n, h // 2, w // 2, "cpu", torch.float32),
+    ).sample
+    scale = pipeline.vae_scale_factor
+    return pipeline._unpack_latents(packed, h * scale, w * scale, scale)
 
 
 def test_facts(tiny_folder: Folder) -> None:
@@ -113,6 +136,12 @@ def test_facts(tiny_folder: Folder) -> None:
         "encoders": [clip | used, second | used],
         "joint_attention_dim": 2 * tiny.TEXT_WIDTH,
         "max_sequence_length": 256,
+    }
+    assert models["flux"].conditioning == {
+        "kind": "flux",
+        "encoders": [clip | {"pooled": "pooler_output"}, second | {"max_length": tiny.PROMPT_TOKENS + 4}],
+        "max_sequence_length": tiny.PROMPT_TOKENS + 4,
+        "guidance": 3.5,
     }
     assert models["pixart"].conditioning == {"kind": "pixart", "encoders": [clip]}
     assert models["dit"].conditioning == {"kind": "class", "encoders": [], "classes": 10, "labels": {}}
@@ -510,6 +539,21 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "pixart",
         other_part("pixart", "transformer", caption_channels=24),
         "d_model of the text encoder is 16, but caption",
+    ),
+    "flux latent channels": (
+        "flux",
+        other_part("flux", "transformer", in_channels=32),
+        "latent_channels of the VAE is 4, but in_channels / 4 of the denoiser is 8",
+    ),
+    "flux pooled width": (
+        "flux",
+        other_part("flux", "transformer", pooled_projection_dim=24),
+        "hidden_size of the CLIP is 16, but pooled_projection",
+    ),
+    "flux joint width": (
+        "flux",
+        other_part("flux", "transformer", joint_attention_dim=24),
+        "d_model of the T5 is 16, but joint_attention",
     ),
     "no room for a prompt": ("unet", edited("tokenizer/tokenizer_config.json", model_max_length=0), "no prompt fits"),
     "class count": (

@@ -16,8 +16,10 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableD
 from diffusers.image_processor import VaeImageProcessor
 
 import export.loop
+from compress import compiler
 from compress.model import latent_diffusion as models
 from compress.model.tokenizers import portable
+from compress.recipe.schema import Recipe
 from compress.sampler import compile_sampler
 from export.memory import Memory
 from export.noise import INITIAL, noise
@@ -164,6 +166,47 @@ def test_text_to_image_mmdit(tiny_folder: Folder) -> None:
     ).images.numpy()
     ours = runtime(tiny_folder("sd3"), "FlowMatchEulerDiscreteScheduler", pipeline.scheduler.config, 5, 4.0)
     assert difference(ours.sample(PROMPTS, SEEDS, 16, 16), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dev", [True, False])
+@pytest.mark.parametrize("side", [16, 24])
+def test_text_to_image_flux(tmp_path: Path, dev: bool, side: int) -> None:
+    """With embedded guidance and a shift by size, as the recipe's sampler compiles it; and without, really guided."""
+    torch.manual_seed(3)
+    saved = tiny.flux_dev()
+    if not dev:
+        saved.register_modules(
+            transformer=tiny.flux(guidance_embeds=False), scheduler=diffusers.FlowMatchEulerDiscreteScheduler()
+        )
+    tiny.shake(saved.transformer)
+    saved.save_pretrained(tmp_path / "flux")
+    pipeline, model = open_pipeline(tmp_path / "flux"), models.load(tmp_path / "flux")
+    if dev:
+        recipe = Recipe.parse(
+            f"schema_version: 1\nmodel: {tmp_path / 'flux'}\nsampler: {{steps: 5, guidance_scale: 2.5}}\n"
+            f"targets: [onnxruntime-cpu]\nshapes: {{height: {side}, width: 16}}\nout: {tmp_path / 'out'}\n"
+        )
+        compiler.sample(model, recipe)
+        ours, more = model.runtime(), {}
+        assert not any(row.guidance != "none" for row in ours.plan.steps)
+    else:
+        told = {"options": {"even_sigmas": True}}
+        ours = runtime(tmp_path / "flux", "FlowMatchEulerDiscreteScheduler", pipeline.scheduler.config, 5, 2.5, **told)
+        more = {"true_cfg_scale": 2.5, "negative_prompt": ["", ""]}
+    first = torch.from_numpy(noise(SEEDS, INITIAL, (4, side // 2, 8)))
+    packed = pipeline(
+        PROMPTS,
+        num_inference_steps=5,
+        guidance_scale=2.5,
+        height=side,
+        width=16,
+        max_sequence_length=model.conditioning["max_sequence_length"],
+        latents=pipeline._pack_latents(first, *first.shape),
+        output_type="latent",
+        **more,
+    ).images
+    expected = pipeline._unpack_latents(packed, side, 16, pipeline.vae_scale_factor).numpy()
+    assert difference(ours.sample(PROMPTS, SEEDS, side, 16), expected) <= 1e-5
 
 
 def test_text_to_image_pixart(tiny_folder: Folder) -> None:

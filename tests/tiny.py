@@ -14,6 +14,8 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -75,6 +77,13 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def t5_config(tokenizer: T5Tokenizer) -> T5Config:
+    """Two layers, `TEXT_WIDTH` wide, for this tokenizer."""
+    return T5Config(
+        vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0
     )
 
 
@@ -158,6 +167,22 @@ def pixart(**overrides: Any) -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel(**(options | overrides)).eval()
 
 
+def flux(**overrides: Any) -> FluxTransformer2DModel:
+    """Two double and two single blocks, 32 wide, guidance embedded, latents of 4 channels."""
+    options: dict[str, Any] = dict(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return FluxTransformer2DModel(**(options | overrides)).eval()
+
+
 def stable_diffusion() -> StableDiffusionPipeline:
     """Text to image: UNet, CLIP, v-prediction."""
     tokenizer = clip_tokenizer()
@@ -203,19 +228,37 @@ def class_conditional() -> DiTPipeline:
 def pixart_alpha() -> PixArtAlphaPipeline:
     """Text to image: PixArt, T5."""
     tokenizer = t5_tokenizer()
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0
-    )
     return PixArtAlphaPipeline(
         tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(config),
+        text_encoder=T5EncoderModel(t5_config(tokenizer)),
         vae=vae(),
         transformer=pixart(),
         scheduler=DPMSolverMultistepScheduler(),
     )
 
 
-PIPELINES = {"unet": stable_diffusion, "sd3": stable_diffusion_3, "dit": class_conditional, "pixart": pixart_alpha}
+def flux_dev() -> FluxPipeline:
+    """Text to image: Flux with embedded guidance, CLIP, a T5 that reads longer prompts, rectified flow."""
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
+    t5.model_max_length = PROMPT_TOKENS + 4
+    return FluxPipeline(
+        transformer=flux(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(),
+        text_encoder=CLIPTextModel(clip_config(clip)),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(t5_config(t5)),
+        tokenizer_2=t5,
+    )
+
+
+PIPELINES = {
+    "unet": stable_diffusion,
+    "sd3": stable_diffusion_3,
+    "dit": class_conditional,
+    "pixart": pixart_alpha,
+    "flux": flux_dev,
+}
 """Family name -> the pipeline that stands for it."""
 
 

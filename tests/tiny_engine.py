@@ -15,6 +15,7 @@ from compress.engine.export_engine import export_engine
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.model.tokenizers import portable
 from compress.sampler import compile_sampler
+from compress.schedulers import completed
 from compress.store import Store
 from export.manifest import Manifest
 from export.quant_plan import Affine, LayerQuant, QuantPlan
@@ -30,14 +31,17 @@ STEPS = 4
 def sampled(model: LatentDiffusion, steps: int = STEPS) -> LatentDiffusion:
     """The model with the step plan of its own scheduler, guided."""
     segments, paths, slots = model.family.segments(model.denoiser, model.layout)
+    name = model.scheduler_config["_class_name"]
+    told = model.family.sampler_options(model.denoiser, SIDE // 2, SIDE // 2)
     model.step_plan = compile_sampler(
-        model.scheduler_config["_class_name"],
+        name,
         model.scheduler_config,
         steps,
         3.0,
         segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
         paths=paths,
         slots=slots,
+        options=completed(name, model.scheduler_config, {}, told),
     )
     return model
 

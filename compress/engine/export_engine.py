@@ -206,8 +206,13 @@ def _jobs(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> Iterator[_Job]
     parts = model.parts()
     del parts["denoiser"]
     yield from _segment_jobs(model, dynamic, sizes)
+    lengths = {encoder["part"]: int(encoder["max_length"]) for encoder in model.conditioning.get("encoders", ())}
+    first = next(iter(lengths.values()), 0)
     for name, part in parts.items():
-        example, check = (_part_inputs(part, size) for size in sizes)
+        extra = lengths.get(name, first) - first
+        example, check = (
+            _part_inputs(part, {**size, "prompt_tokens": size["prompt_tokens"] + extra}) for size in sizes
+        )
         axes = _axes(example, check, part.axes, dynamic)
         yield _Job(name, name, name, "model", part, part.inputs, part.outputs, example, check, axes)
 

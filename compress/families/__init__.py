@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from compress.families.base import CutInfo, Family
 from compress.families.dit import DiT
+from compress.families.flux import Flux
 from compress.families.layout import Layout
 from compress.families.pixart import PixArt
 from compress.families.sd3 import SD3
 from compress.families.segments import DenoiserSegment, Network, Segmentation
 from compress.families.unet import UNet
 
-FAMILIES: dict[str, Family] = {family.denoiser_class: family for family in (UNet(), SD3(), DiT(), PixArt())}
+FAMILIES: dict[str, Family] = {family.denoiser_class: family for family in (UNet(), SD3(), DiT(), PixArt(), Flux())}
 """diffusers class name of the denoiser -> what is known about it."""
 
 __all__ = ["FAMILIES", "CutInfo", "DenoiserSegment", "Family", "Layout", "Network", "Segmentation"]

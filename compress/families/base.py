@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from compress.families.layout import Layout
 from compress.families.segments import Network, Program, Segmentation, Unit
 from compress.families.sublayers import KINDS, Kind, Sublayer
 from export.step_plan import Slot
+
+Guidance = Literal["classifier-free", "embedded", "none"]
 
 SHALLOW = "shallow"
 """The path of a plain cut that reads the deep features."""
@@ -45,7 +47,7 @@ class Family(ABC):
         name: of the family.
         denoiser_class: class name in diffusers.
         part: its folder in a pipeline.
-        conditioning: the tensors given from outside, the latent first.
+        conditioning: the tensors given from outside, the latent first; of some, a denoiser takes those in `inputs`.
         output: the network output, with as many channels as the latent.
         float_layers: patterns of the paths of the first and last layers: cheap, and their error is everywhere.
         modulation_layers: patterns of the paths of the linear layers that read one vector per picture (time embedding,
@@ -70,7 +72,7 @@ class Family(ABC):
 
     @abstractmethod
     def whole(self, denoiser: Network, *tensors: Tensor) -> Tensor:
-        """The denoiser as its own `forward` computes it; `tensors` in the order of `conditioning`."""
+        """The denoiser as its own `forward` computes it; `tensors` in the order of `inputs`."""
 
     @abstractmethod
     def cut_names(self, denoiser: Network) -> list[str]:
@@ -96,7 +98,7 @@ class Family(ABC):
     def example_inputs(
         self, denoiser: Network, batch: int, height: int, width: int, prompt_tokens: int
     ) -> dict[str, Tensor]:
-        """Seeded conditioning tensors; height and width in latent pixels."""
+        """Seeded tensors for `inputs`; height and width in latent pixels."""
 
     @abstractmethod
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
@@ -105,6 +107,22 @@ class Family(ABC):
     @abstractmethod
     def latent_multiple(self, denoiser: Network) -> int:
         """Height and width of the latent must be multiples of this."""
+
+    def inputs(self, denoiser: Network) -> tuple[str, ...]:
+        """Those of `conditioning` that this denoiser takes, in the same order."""
+        return self.conditioning
+
+    def guidance(self, denoiser: Network) -> Guidance:
+        """How a guidance scale reaches it: by two network calls, by an input `guidance`, or not at all."""
+        return "classifier-free"
+
+    def sampler_options(self, denoiser: Network, height: int, width: int) -> dict[str, Any]:
+        """What the pipeline tells the scheduler of a latent of this size, see `compress.schedulers.completed`."""
+        return {}
+
+    def latent_channels(self, denoiser: Network) -> int:
+        """Channels of the latent it takes."""
+        return int(denoiser.config.in_channels)
 
     def latent_side(self, denoiser: Network) -> int:
         """Height and width of the latent the denoiser was trained at."""
@@ -187,7 +205,10 @@ class Family(ABC):
         """
         if layout is None or len(layout.paths) == 1:
             whole = Unit(
-                "denoiser", self.conditioning, (self.output,), lambda model, *tensors: (self.whole(model, *tensors),)
+                "denoiser",
+                self.inputs(denoiser),
+                (self.output,),
+                lambda model, *tensors: (self.whole(model, *tensors),),
             )
             slots = {} if layout is None else dict(layout.slots)
             return Segmentation([whole.bind(denoiser)], {"full": ("denoiser",)}, slots)

@@ -25,7 +25,7 @@ class PipelineCall:
         scheduler: class name in diffusers; None keeps the model's own.
         options: of the scheduler's constructor.
         steps: sampling steps.
-        guidance_scale: of classifier-free guidance.
+        guidance_scale: of classifier-free guidance, or of the guidance that the denoiser embeds.
         height, width: of the picture, in pixels.
         max_sequence_length: of the T5 prompt, where the pipeline has one.
     """
@@ -54,7 +54,7 @@ class PipelineCall:
         return cls(
             scheduler=plan.key.get("scheduler"),
             steps=int(plan.key.get("steps", plan.network_calls)) if steps is None else steps,
-            guidance_scale=float(plan.key.get("guidance_scale", 1.0)),
+            guidance_scale=float(conditioning.get("guidance", plan.key.get("guidance_scale", 1.0))),
             height=height,
             width=width,
             options=dict(plan.key.get("options") or {}),

@@ -35,7 +35,10 @@ def _pairs(components: Components) -> Iterator[tuple[str, Any, str, Any]]:
     """Yield (what, its number, what must have the same number, that number)."""
     config, vae, index = components.denoiser.config, components.vae.config, components.index
     encoders: list[Network] = [encoder.config for encoder in components.text_encoders.values()]
-    yield "latent_channels of the VAE", vae.latent_channels, "in_channels of the denoiser", config.in_channels
+    taken = components.family.latent_channels(components.denoiser)
+    patch = int(config.in_channels) // taken
+    packed = "in_channels of the denoiser" if patch == 1 else f"in_channels / {patch} of the denoiser"
+    yield "latent_channels of the VAE", vae.latent_channels, packed, taken
     match components.family.name:
         case "unet":
             width = config.cross_attention_dim
@@ -49,6 +52,10 @@ def _pairs(components: Components) -> Iterator[tuple[str, Any, str, Any]]:
                 yield "d_model of the T5", encoders[2].d_model, "joint_attention_dim of the transformer", joint
             if states > joint:
                 yield "hidden_size of both text encoders", states, "joint_attention_dim of the transformer", joint
+        case "flux":
+            pooled, joint = config.pooled_projection_dim, config.joint_attention_dim
+            yield "hidden_size of the CLIP", encoders[0].hidden_size, "pooled_projection_dim of the transformer", pooled
+            yield "d_model of the T5", encoders[1].d_model, "joint_attention_dim of the transformer", joint
         case "pixart":
             width = config.caption_channels
             yield "d_model of the text encoder", encoders[0].d_model, "caption_channels of the transformer", width

@@ -37,8 +37,14 @@ _T5_TOKENS = {
     "StableDiffusion3InpaintPipeline": 256,
     "PixArtAlphaPipeline": 120,
     "PixArtSigmaPipeline": 300,
+    "FluxPipeline": 512,
+    "FluxImg2ImgPipeline": 512,
+    "FluxInpaintPipeline": 512,
 }
 """How many tokens T5 reads, or how many zeros stand for it, unless the folder says otherwise (as diffusers does)."""
+
+_EMBEDDED_GUIDANCE = 3.5
+"""Of the Flux pipelines, until a sampler says otherwise."""
 
 _VOLATILE = ("_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version", "torch_dtype", "dtype")
 
@@ -262,6 +268,8 @@ def _conditioning(components: Components) -> dict[str, Any]:
             entry["max_length"] = min(entry["max_length"], long)
         elif components.family.name == "sd3":
             entry |= {"hidden": f"hidden_states.{encoder.config.num_hidden_layers - 1}", "pooled": "text_embeds"}
+        elif components.family.name == "flux":
+            entry |= {"pooled": "pooler_output"}
         encoders.append(entry)
     match components.family.name:
         case "unet":
@@ -269,6 +277,11 @@ def _conditioning(components: Components) -> dict[str, Any]:
         case "sd3":
             joint = {"joint_attention_dim": int(config.joint_attention_dim), "max_sequence_length": long}
             return {"kind": "stable-diffusion-3", "encoders": encoders, **joint}
+        case "flux":
+            embedded = components.family.guidance(components.denoiser) == "embedded"
+            guidance = {"guidance": _EMBEDDED_GUIDANCE} if embedded else {}
+            length = encoders[-1]["max_length"]
+            return {"kind": "flux", "encoders": encoders, "max_sequence_length": length, **guidance}
         case "pixart":
             return {"kind": "pixart", "encoders": encoders}
     named = (index.get("id2label") or {}).items()

@@ -41,6 +41,7 @@ _STABLE_DIFFUSION_3 = Pipeline(
     {"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
     optional={"text_encoder_3": "T5EncoderModel"},
 )
+_FLUX = Pipeline("FluxTransformer2DModel", {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"})
 _PIXART = Pipeline("PixArtTransformer2DModel", {"text_encoder": "T5EncoderModel"})
 
 PIPELINES: dict[str, Pipeline] = {
@@ -52,12 +53,21 @@ PIPELINES: dict[str, Pipeline] = {
     "StableDiffusion3InpaintPipeline": _STABLE_DIFFUSION_3,
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": _PIXART,
+    "FluxPipeline": _FLUX,
+    "FluxImg2ImgPipeline": _FLUX,
+    "FluxInpaintPipeline": _FLUX,
     "DiTPipeline": Pipeline("DiTTransformer2DModel"),
 }
 """diffusers pipeline class -> what it consists of."""
 
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-_LIMITS = {"sample_size": 2048, "pos_embed_max_size": 512, "num_layers": 512, "num_hidden_layers": 512}
+_LIMITS = {
+    "sample_size": 2048,
+    "pos_embed_max_size": 512,
+    "num_layers": 512,
+    "num_single_layers": 512,
+    "num_hidden_layers": 512,
+}
 _MAX_RATIO = 2.0
 
 

@@ -104,7 +104,8 @@ class Sampler(BaseModel):
     Attributes:
         scheduler: a diffusers scheduler class; None takes the model's own.
         steps: denoising steps, as `num_inference_steps` of diffusers.
-        guidance_scale: classifier-free guidance, `uncond + scale * (cond - uncond)`; 1.0 is none.
+        guidance_scale: classifier-free guidance, `uncond + scale * (cond - uncond)`; 1.0 is none. A denoiser that
+            embeds its guidance is given the scale instead.
         guidance_interval: the share of the run, [from, to] in [0, 1] counted from the noise, where guidance is on.
         options: options of the scheduler class, e.g. `{use_karras_sigmas: true}`.
     """
