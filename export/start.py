@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from export.lineage import batching, rises
+from export.lineage import batching
 from export.plan_checks import span_fault
 from export.step_plan import Step, StepPlan, StepPlanError
 
@@ -58,11 +58,9 @@ def started_at(plan: StepPlan, row: int, latent_input: str | None = None) -> Ste
         raise StepPlanError(f"sampling cannot begin at row {row}; it can at {allowed}")
     updates = plan.starts[row]
     written = dict.fromkeys(plan.slots, 0)
-    steps, risen = [], rises(plan)
+    steps = []
     for at in range(row, plan.network_calls):
         step = plan.steps[at]
-        if risen[at]:
-            written = dict.fromkeys(plan.slots, 0)
         if at - row < len(updates):
             update = updates[at - row]
             step = replace(step, x=update.x, m=update.m, noise=update.noise, initial=update.initial)
@@ -79,7 +77,7 @@ def _respanned(plan: StepPlan, row: int, started: StepPlan, latent_input: str) -
     """`started` with the spans of `plan`, cut where its rows do not go together any more."""
     if all(step.span == 1 for step in plan.steps):
         return started
-    steps = [replace(step, span=1) for step in started.steps]
+    steps = list(started.steps)
     halves = batching(started)
     for opened in (at for at, step in enumerate(plan.steps) if step.span > 1):
         at, end = max(opened - row, 0), opened + plan.steps[opened].span - row

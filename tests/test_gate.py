@@ -235,6 +235,48 @@ def test_samples_go_on_being_replaced_after_a_fallback() -> None:
     np.testing.assert_array_equal(got, plain_loop(replace(plan, steps=tuple(steps)), labels, negative, SEEDS))
 
 
+def test_a_row_that_is_full_for_all_samples_fills_what_was_lost() -> None:
+    """Nobody reads the lost slot at the gated rows; the row after them does, and need not run full."""
+    plan = uniform(Gate("skip", -1.0, 9))
+    first = replace(plan.steps[0], write=tuple(SLOTS))
+    last = replace(plan.steps[5], gated=False, read={"residual": (1.0,)})
+    plan = replace(plan, steps=(first, *plan.steps[1:5], last))
+    labels, negative = given(5)
+    for guidance in ("cfg", "cfg_sequential"):
+        plan = replace(plan, steps=tuple(replace(step, guidance=guidance) for step in plan.steps))
+        loop = Loop(plan, look_up(plan, FUNCTIONS), "sample", 1, np.dtype(np.float32))
+
+        def on_step(row: int, latents: np.ndarray, tensors: dict[str, np.ndarray], loop: Loop = loop) -> None:
+            if row == 1:
+                loop.slots.forget("residual")
+
+        halves = {False: {"label": labels}, True: {"label": np.concatenate([negative, labels])}}
+        got = loop.run(noise(SEEDS, 0, SHAPE), halves, lambda k, shape: noise(SEEDS, k, shape[1:]), on_step=on_step)
+        assert loop.fallbacks == []
+        np.testing.assert_array_equal(got, plain_loop(plan, labels, negative, SEEDS))
+
+
+def test_what_a_guided_gate_compares_with_has_both_halves() -> None:
+    """The unguided full row 1 writes no slot, but is what the guided row 2 compares with."""
+    full = Step(3.0, {0: 0.9}, {0: -0.1}, write=("feature",))
+    gated = uniform(Gate("skip", 1e9, 9)).steps[1]
+    plan = StepPlan(SEGMENTS, PATHS, SLOTS, (full, replace(full, write=()), gated), gate=Gate("skip", 1e9, 9))
+    _, seen = decided(plan)
+    assert np.isfinite(seen[2]["gate"]).all()
+    assert not seen[2]["gate_full"].any()
+
+
+def test_a_gate_begins_again_where_the_level_rises() -> None:
+    """Row 1 computes the watched tensor at another size than the full row before it, and is no full row itself."""
+    row = uniform(Gate("skip", 1e9, 9)).steps
+    steps = (replace(row[0], level=0.5), replace(row[0], path="other", signal=0.8, sigma=0.6), row[0], *row[1:3])
+    gate = Gate("skip", 1e9, 9, "previous")
+    plan = StepPlan(SEGMENTS, {**PATHS, "other": ("entry", "deep", "deep", "exit")}, SLOTS, steps, gate=gate)
+    _, seen = decided(plan)
+    assert [tensors["gate"].shape for tensors in seen.values()] == [(5,), (5,)]
+    assert all(np.isfinite(tensors["gate"]).all() for tensors in seen.values())
+
+
 def test_an_unguided_gated_row_leaves_no_stale_half() -> None:
     """Rows: guided full, unguided gated, then an unguided row that reads the mean of both halves."""
     slots = {"feature": Slot("up", halves="mean")}
@@ -324,6 +366,12 @@ REFUSED: dict[str, tuple[Callable[[StepPlan], StepPlan], str]] = {
     "nothing to compare with": (
         edited(0, path="whole", write=("feature",)),
         "no full step before it gives the gate something to compare with",
+    ),
+    "skipped rows are not full": (
+        lambda plan: edited(1, path="full", read={"output": (1.0,)}, gated=False)(
+            edited(0, path="whole", write=("feature", "output"))(plan)
+        ),
+        "step 2 is gated, but no full step before it",
     ),
     "deep tensor": (edited(gate=Gate("up", 0.1, 1)), "do not begin with the same segments"),
     "output slot": (edited(2, read={"output": (1.0,)}), "takes its network output from slot 'output'"),

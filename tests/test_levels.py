@@ -157,6 +157,7 @@ def test_levels_that_are_thirds_fit() -> None:
     assert not fits((48, 24), 1 / 3, 16)
     assert not fits((49, 24), 1 / 3, 1)
     assert not fits((1, 8), 0.1, 1)
+    assert not fits((1, 8), 1e-8, 1)
 
 
 def test_pictures_need_every_row_at_full_size() -> None:

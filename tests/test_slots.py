@@ -278,21 +278,40 @@ def test_the_mean_of_a_slot_that_one_half_wrote_is_that_half() -> None:
 
 
 def test_a_slot_keeps_its_value_while_its_row_hands_it_on() -> None:
-    """A row reads and writes one slot, and its function hands the value read on as the network output."""
-    segments = {"first": Segment(("sample",), ("kept",)), "out": Segment(("kept",), ("held",))}
-    segments["again"] = Segment(("sample", "held"), ("kept", "out"))
-    passing = {
-        "first": lambda tensors: {"kept": tensors["sample"] + 1},
-        "out": lambda tensors: {"held": tensors["kept"]},
-        "again": lambda tensors: {"kept": tensors["sample"] * 0 - 7, "out": tensors["held"]},
+    """A row reads and writes one slot, and its functions hand the value read on as the network output."""
+    segments = {
+        "first": Segment(("sample",), ("kept",)),
+        "hold": Segment(("kept",), ("held",)),
+        "last": Segment(("sample", "timestep", "held"), ("kept", "out")),
     }
-    paths = {"full": ("first", "out", "again"), "short": ("out", "again")}
-    rows = (
-        Step(1.0, {}, {0: 1.0}, write=("s",)),
-        Step(1.0, {}, {0: 1.0}, path="short", read={"s": (1.0,)}, write=("s",)),
-    )
-    got = sampled(over_numpy(StepPlan(segments, paths, {"s": Slot("kept")}, rows), passing), SEEDS)
-    np.testing.assert_array_equal(got, np.full_like(got, -7.0))
-    longer = (*rows[:1], replace(rows[1], write=()), rows[1], replace(rows[1], write=()))
-    got = sampled(over_numpy(StepPlan(segments, paths, {"s": Slot("kept")}, longer), passing), SEEDS)
-    np.testing.assert_array_equal(got, np.full_like(got, -7.0))
+    passing = {
+        "first": lambda tensors: {"kept": tensors["sample"] * 0},
+        "hold": lambda tensors: {"held": tensors["kept"]},
+        "last": lambda tensors: {"kept": tensors["sample"] * 0 - tensors["timestep"][0], "out": tensors["held"]},
+    }
+    paths = {"full": ("first", "hold", "last"), "short": ("hold", "last")}
+    rows = [Step(float(row + 1), {}, {0: 1.0}, path="short", read={"s": (1.0,)}, write=("s",)) for row in range(4)]
+    rows[0] = replace(rows[0], path="full", read={})
+    rows[1] = replace(rows[1], write=())
+    seen: list[float] = []
+    runtime = over_numpy(StepPlan(segments, paths, {"s": Slot("kept")}, tuple(rows)), passing)
+    sampled(runtime, SEEDS, on_step=lambda row, latents, tensors: seen.append(float(latents.flat[0])))
+    assert seen == [0.0, -1.0, -1.0, -3.0]
+
+
+def test_a_row_of_two_halves_reads_each_whatever_the_slot_gives_one_half() -> None:
+    plans = []
+    for guidance in ("cfg", "cfg_sequential"):
+        plan = cached_plan({0: True, 3: True}, (1.0,), 6, guidance)
+        plans.append(replace(plan, slots={name: replace(slot, halves="mean") for name, slot in SLOTS.items()}))
+    np.testing.assert_array_equal(*(sampled(over_numpy(plan), SEEDS) for plan in plans))
+
+
+def test_every_run_of_a_loop_is_another() -> None:
+    plan = cached_plan({0: True, 3: True}, (1.0,), 6)
+    labels, negative = given(3)
+    loop = Loop(plan, look_up(plan, FUNCTIONS), "sample", 1, FLOAT)
+    halves = {False: {"label": labels}, True: {"label": np.concatenate([negative, labels])}}
+    for run in (1, 2):
+        loop.run(noise(SEEDS, 0, SHAPE), halves, lambda draw, shape: noise(SEEDS, draw, shape[1:]))
+        assert loop.slots.run == run

@@ -184,6 +184,28 @@ def test_a_span_whose_slots_cannot_be_read_runs_full_rows(lost: int) -> None:
     np.testing.assert_array_equal(got, expected)
 
 
+def test_a_span_ends_before_a_row_whose_slots_cannot_be_read() -> None:
+    """The older of two values is lost; every second row reads the newer one alone."""
+    plan = fixed({2: 4})
+    steps = [replace(step, read={"mid": (1.0,)}) if row in (2, 3, 5) else step for row, step in enumerate(plan.steps)]
+    plan = replace(plan, steps=tuple(steps[:6]))
+    labels, negative = given(3)
+    calls: list[tuple[str, int]] = []
+    loop = Loop(plan, look_up(plan, counting(SPLIT_FUNCTIONS, calls)), "sample", 1, np.dtype(np.float32))
+
+    def on_step(row: int, latents: np.ndarray, tensors: dict[str, np.ndarray]) -> None:
+        if row == 1:
+            loop.slots._rings["mid"][1].row = 77
+
+    halves = {False: {"label": labels}, True: {"label": np.concatenate([negative, labels])}}
+    got = loop.run(noise(SEEDS, 0, SHAPE), halves, lambda draw, shape: noise(SEEDS, draw, shape[1:]), on_step=on_step)
+    assert loop.fallbacks == [Fallback(4, "mid", "stale")]
+    assert [batch for segment, batch in calls if segment == "decoder"] == [6, 6, 12, 6, 6]
+    steps[4] = replace(steps[4], read={}, path="full")
+    expected = plain_loop(replace(plan, steps=tuple(steps[:6])), labels, negative, SEEDS, SPLIT_FUNCTIONS)
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_a_scalar_timestep_forbids_spans_that_take_it() -> None:
     with pytest.raises(RuntimeInputError, match="step 2 spans 3 rows, but this denoiser takes one timestep"):
         over_numpy(fixed({2: 3}), SPLIT_FUNCTIONS, timestep_rank=0)
@@ -260,6 +282,8 @@ def test_the_latent_may_have_another_name() -> None:
     plan.validate(latent_input="other")
     with pytest.raises(StepPlanError, match="takes the latent 'label'"):
         fixed({2: 3}).validate(latent_input="label")
+    with pytest.raises(StepPlanError, match="takes the latent 'label'"):
+        over_numpy(fixed({2: 3}), SPLIT_FUNCTIONS, latent_input="label")
 
 
 def test_spans_survive_json() -> None:
