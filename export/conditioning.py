@@ -6,6 +6,7 @@ A specification is plain JSON data. An encoder entry is {"part": "text_encoder",
 
     kind                  encoders                     further keys
     stable-diffusion      one CLIP                     -
+    stable-diffusion-xl   two CLIPs                    unconditional_zeros: zeros stand for no prompt, not the empty one
     stable-diffusion-3    CLIPs, then perhaps a T5     joint_attention_dim, max_sequence_length (of the zeros that
                                                        stand for an absent T5)
     flux                  a CLIP, then a T5            guidance (scale for every picture), where it is embedded
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 UNCONDITIONAL = ""
-"""The prompt of the unconditional half; for class labels the null class."""
+"""What no prompt (None) is read as; for class labels the null class."""
 
 
 class PromptError(ValueError):
@@ -40,21 +41,28 @@ class Encodes(Protocol):
 Functions = Mapping[str, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]]
 
 
-def unconditional(count: int) -> list[str]:
-    """The prompts of the unconditional half of classifier-free guidance."""
-    return [UNCONDITIONAL] * count
+def unconditional(count: int) -> list[None]:
+    """The prompts of the unconditional half of classifier-free guidance: none."""
+    return [None] * count
+
+
+def of_size(spec: Mapping[str, Any], count: int, height: int, width: int) -> dict[str, np.ndarray]:
+    """The conditioning tensors of `count` pictures that say their size in pixels: uncropped, as the pipeline does."""
+    if spec.get("kind") != "stable-diffusion-xl":
+        return {}
+    return {"time_ids": np.tile(np.array([height, width, 0, 0, height, width], np.float32), (count, 1))}
 
 
 def encode(
     spec: Mapping[str, Any], tokenizers: Mapping[str, Encodes], functions: Functions, prompts: Sequence[Any]
 ) -> dict[str, np.ndarray]:
-    """Make the conditioning tensors (all but the latent and the timestep), one row per prompt.
+    """Make the conditioning tensors (all but the latent, the timestep and those of `of_size`), one row per prompt.
 
     Args:
         spec: see the head of this file.
         tokenizers: by name.
         functions: the text encoders by part name.
-        prompts: strings, or classes as numbers, digits or names.
+        prompts: strings, or classes as numbers, digits or names; None is no prompt.
 
     Raises:
         PromptError: a prompt of the wrong type, an unknown class, or an unknown kind.
@@ -63,10 +71,22 @@ def encode(
     if kind not in KINDS:
         raise PromptError(f"the conditioning kind {kind!r} is none of {', '.join(KINDS)}")
     if kind != "class":
-        wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+        wrong = next((prompt for prompt in prompts if not isinstance(prompt, str | None)), None)
         if wrong is not None:
             raise PromptError(f"a prompt must be text, not {wrong!r}")
-    return KINDS[kind](spec, tokenizers, functions, prompts)
+    read = [UNCONDITIONAL if prompt is None else prompt for prompt in prompts]
+    tensors = KINDS[kind](spec, tokenizers, functions, read)
+    if spec.get("unconditional_zeros"):
+        absent = [row for row, prompt in enumerate(prompts) if prompt is None]
+        tensors = {name: _without(rows, absent) for name, rows in tensors.items()}
+    return tensors
+
+
+def _without(rows: np.ndarray, absent: Sequence[int]) -> np.ndarray:
+    """A copy of the rows, some of them zero."""
+    kept = np.array(rows)
+    kept[list(absent)] = 0
+    return kept
 
 
 def _tokens(
@@ -91,6 +111,19 @@ def _stable_diffusion(
     (entry,) = spec["encoders"]
     ids, _ = _tokens(entry, tokenizers, prompts)
     return {"encoder_hidden_states": _encoded(entry, functions, input_ids=ids)["last_hidden_state"]}
+
+
+def _stable_diffusion_xl(
+    spec: Mapping[str, Any], tokenizers: Mapping[str, Encodes], functions: Functions, prompts: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """CLIP states side by side, and the pooled embedding of the second (Podell et al. 2023, arXiv 2307.01952)."""
+    outputs = []
+    for entry in spec["encoders"]:
+        ids, _ = _tokens(entry, tokenizers, prompts)
+        outputs.append(_encoded(entry, functions, input_ids=ids))
+    states = [encoded[entry["hidden"]] for entry, encoded in zip(spec["encoders"], outputs, strict=True)]
+    pooled = outputs[-1][spec["encoders"][-1]["pooled"]]
+    return {"encoder_hidden_states": np.concatenate(states, axis=-1), "text_embeds": pooled}
 
 
 def _stable_diffusion_3(
@@ -165,6 +198,7 @@ def _label(prompt: Any, labels: Mapping[str, int], classes: int) -> int:
 
 KINDS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
     "stable-diffusion": _stable_diffusion,
+    "stable-diffusion-xl": _stable_diffusion_xl,
     "stable-diffusion-3": _stable_diffusion_3,
     "flux": _flux,
     "pixart": _pixart,

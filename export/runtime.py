@@ -155,7 +155,8 @@ class Runtime:
             seeds: one per sample; may be None where `noise` gives every draw.
             height: of the picture in pixels; may be None where `noise` or `image_latents` has the shape.
             width: likewise.
-            negative_prompts: what guidance leads away from; None is the empty prompt (or the null class).
+            negative_prompts: what guidance leads away from; None is no prompt: the empty one, the null class, or
+                zeros, as the model was trained.
             noise: the initial standard-normal noise (samples, channels, h, w), or a function of (draw, shape) where
                 draw 0 is the initial noise, draw k + 1 belongs to row k, and draw `export.resample.RISE + k` to a
                 level that rises at row k; None draws from the seeds. Where the plan begins at a lower level, the
@@ -175,14 +176,15 @@ class Runtime:
         """
         start = self._start(strength, start_step, image_latents)
         plan, rows = self._program(start)
-        cond, samples = self._conditioned(prompts)
-        shape = self._shape(samples, height, width, noise, image_latents)
+        pixels = self._pixels(height, width, noise, image_latents)
+        cond, samples = self._conditioned(prompts, pixels)
+        shape = samples, self.latent.channels, *(side // self.latent.downscale for side in pixels)
         size = shape[2], shape[3]
         self._check_levels(plan, size, image_latents)
         first_shape = (*shape[:2], *level_size(size, rows[0].step.level))
         draw = self._noise_source(noise, seeds, first_shape, start, rows)
         guided = any(row.both for row in rows)
-        halves = {False: cond, True: self._guided(cond, samples, negative_prompts) if guided else cond}
+        halves = {False: cond, True: self._guided(cond, samples, negative_prompts, pixels) if guided else cond}
         image = None if image_latents is None else self._fitting("image_latents", image_latents, shape)
         if mask is not None:
             if image is None:
@@ -229,8 +231,9 @@ class Runtime:
             conditioning: prompts or conditioning tensors, one row per sample.
             names: of the tensors wanted; None is all.
         """
-        cond, samples = self._conditioned(conditioning)
         latents = np.asarray(latents, np.float32)
+        height, width = (self.latent.downscale * side for side in (*latents.shape, 0, 0)[2:4])
+        cond, samples = self._conditioned(conditioning, (height, width))
         if latents.ndim != 4 or latents.shape[:2] != (samples, self.latent.channels):
             raise RuntimeInputError(
                 f"latents must be ({samples}, {self.latent.channels}, height, width), not {latents.shape}"
@@ -308,8 +311,13 @@ class Runtime:
             self._programs[start] = plan, look_up(plan, self.functions)
         return self._programs[start]
 
-    def _conditioned(self, prompts: Prompts | Conditioning) -> tuple[dict[str, np.ndarray], int]:
+    def _conditioned(
+        self, prompts: Prompts | Conditioning, pixels: tuple[int, int]
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """The tensors the denoiser takes, and for how many samples; those that say the size may be left out."""
         tensors = _plain(prompts) if isinstance(prompts, Mapping) else self.encode(prompts)
+        count = max((len(value) for value in tensors.values() if value.ndim), default=0)
+        tensors = text.of_size(self.conditioning, count, *pixels) | tensors
         missing = sorted(self._given - set(tensors))
         if missing:
             raise RuntimeInputError(f"the conditioning lacks {missing[0]!r}, which the denoiser takes")
@@ -319,9 +327,9 @@ class Runtime:
         return {name: tensors[name] for name in self._given}, sizes.pop()
 
     def _guided(
-        self, cond: Conditioning, samples: int, negative: Prompts | Conditioning | None
+        self, cond: Conditioning, samples: int, negative: Prompts | Conditioning | None, pixels: tuple[int, int]
     ) -> dict[str, np.ndarray]:
-        uncond, count = self._conditioned(text.unconditional(samples) if negative is None else negative)
+        uncond, count = self._conditioned(text.unconditional(samples) if negative is None else negative, pixels)
         if count != samples:
             raise RuntimeInputError(f"there are {samples} prompts and {count} negative prompts")
         for name, value in cond.items():
@@ -330,14 +338,10 @@ class Runtime:
                 raise RuntimeInputError(f"{name!r} has the shape {shapes}")
         return {name: np.concatenate([uncond[name], value]) for name, value in cond.items()}
 
-    def _shape(
-        self,
-        samples: int,
-        height: int | None,
-        width: int | None,
-        noise: NoiseSource | None,
-        image: np.ndarray | None,
-    ) -> tuple[int, ...]:
+    def _pixels(
+        self, height: int | None, width: int | None, noise: NoiseSource | None, image: np.ndarray | None
+    ) -> tuple[int, int]:
+        """Height and width of the picture."""
         step = self.latent.downscale * self.latent.multiple
         like, level = (noise, self.plan.steps[0].level) if isinstance(noise, np.ndarray) else (image, 1.0)
         if height is None and width is None and like is not None and np.ndim(like) == 4:
@@ -347,7 +351,7 @@ class Runtime:
         for name, value in (("height", height), ("width", width)):
             if not isinstance(value, int | np.integer) or value < step or value % step:
                 raise RuntimeInputError(f"{name} must be a positive multiple of {step} pixels, not {value}")
-        return samples, self.latent.channels, height // self.latent.downscale, width // self.latent.downscale
+        return int(height), int(width)
 
     def _check_levels(self, plan: StepPlan, size: tuple[int, int], image: np.ndarray | None) -> None:
         for row, step in enumerate(plan.steps):

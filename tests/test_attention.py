@@ -28,7 +28,7 @@ from export.target import TARGETS
 from export.to_onnx import export_module, strip_metadata
 from tests.tiny_engine import sampled
 
-FAMILIES = ("unet", "sd3", "dit", "pixart", "flux")
+FAMILIES = ("unet", "sd3", "dit", "pixart", "flux", "sdxl")
 CONTEXT = PassContext(("a red circle", "a ring"), 0, 16, 16)
 
 

@@ -19,7 +19,7 @@ from transformers import T5Config, T5EncoderModel
 from compress.errors import RefusedError
 from compress.model import latent_diffusion as models
 from compress.model.tokenizers import portable, save_tokenizer
-from export.conditioning import PromptError, encode, unconditional
+from export.conditioning import PromptError, encode, of_size, unconditional
 from export.tokenizer import Tokenizer, TokenizerError
 from tests import tiny
 
@@ -45,6 +45,41 @@ def test_stable_diffusion(tiny_folder: Folder) -> None:
     assert set(got) == {"encoder_hidden_states"}
     close(got["encoder_hidden_states"], cond)
     close(ours(tiny_folder("unet"), unconditional(4))["encoder_hidden_states"], uncond)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_stable_diffusion_xl(tiny_folder: Folder, tmp_path: Path, zeros: bool) -> None:
+    """No prompt is all zeros, or the empty prompt; a negative prompt that is given, be it empty, is read."""
+    folder = shutil.copytree(tiny_folder("sdxl"), tmp_path / "sdxl")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    cond, uncond, pooled, unpooled = pipeline.encode_prompt(PROMPTS)
+    got = ours(folder, PROMPTS)
+    assert set(got) == {"encoder_hidden_states", "text_embeds"}
+    close(got["encoder_hidden_states"], cond)
+    close(got["text_embeds"], pooled)
+    got = ours(folder, unconditional(4))
+    close(got["encoder_hidden_states"], uncond)
+    close(got["text_embeds"], unpooled)
+    assert (np.abs(got["text_embeds"]).max() == 0) == zeros
+    _, uncond, _, unpooled = pipeline.encode_prompt(PROMPTS, negative_prompt=[""] * 4)
+    got = ours(folder, [""] * 4)
+    close(got["encoder_hidden_states"], uncond)
+    close(got["text_embeds"], unpooled)
+    mixed = ours(folder, ["", None, "a ring"])["text_embeds"]
+    assert np.abs(mixed[0]).max() > 0
+    assert (np.abs(mixed[1]).max() == 0) == zeros
+
+
+def test_sizes_are_those_of_the_pipeline(tiny_folder: Folder) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder("sdxl"))
+    size = (24, 16)
+    expected = pipeline._get_add_time_ids(size, (0, 0), size, torch.float32, tiny.TEXT_WIDTH)
+    got = of_size(models.load(tiny_folder("sdxl")).conditioning, 3, *size)["time_ids"]
+    assert got.dtype == np.float32
+    close(got, expected.repeat(3, 1))
+    assert of_size(models.load(tiny_folder("unet")).conditioning, 3, *size) == {}
 
 
 def test_stable_diffusion_3(tiny_folder: Folder) -> None:

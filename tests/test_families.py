@@ -25,9 +25,17 @@ from compress.model.latent_diffusion import load
 from export.step_plan import Segment, Slot, Step, StepPlan
 from tests import tiny
 
-MAKERS = {"unet": tiny.unet, "sd3": tiny.sd3, "dit": tiny.dit, "pixart": tiny.pixart, "flux": tiny.flux}
-CUTS = [("unet", cut) for cut in range(4)] + [(name, cut) for name in ("sd3", "flux") for cut in range(4)]
+MAKERS = {
+    "unet": tiny.unet,
+    "sd3": tiny.sd3,
+    "dit": tiny.dit,
+    "pixart": tiny.pixart,
+    "flux": tiny.flux,
+    "sdxl": tiny.sdxl,
+}
+CUTS = [(name, cut) for name in ("unet", "sdxl", "sd3", "flux") for cut in range(4)]
 CUTS += [(name, cut) for name in ("dit", "pixart") for cut in range(3)]
+UNETS = ("unet", "sdxl")
 THREE, TWO = 0.0, 1.0  # PAIR_SHARE that forces three disjoint segments, or the pair
 
 
@@ -73,16 +81,16 @@ def test_paths_are_exact(name: str, cut: int, share: float, monkeypatch: pytest.
     slot = slots["deep"]
     kept = full[slot.tensor] if slot.base is None else full[slot.tensor] - full[slot.base]
     shallow = run(found, paths["shallow"], inputs, slot, kept)[family.output]
-    assert (shallow - original).abs().max() <= (0.0 if name == "unet" else 1e-6)
+    assert (shallow - original).abs().max() <= (0.0 if name in UNETS else 1e-6)
     stale = run(found, paths["shallow"], inputs, slot, kept.roll(1, -1))[family.output]
     assert (stale - original).abs().max() > 1e-4, "the slot has no effect, so the test above proves nothing"
 
 
-@pytest.mark.parametrize("name", ["unet", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["unet", "sdxl", "sd3", "flux"])
 def test_other_sizes_are_exact(name: str) -> None:
     """The segments take any batch, height, width and prompt length, as the original does."""
     family, denoiser = make(name)
-    height, width = (12, 8) if name == "unet" else (4, 8)
+    height, width = (12, 8) if name in UNETS else (4, 8)
     inputs = family.example_inputs(denoiser, batch=3, height=height, width=width, prompt_tokens=9)
     found, paths, _ = family.segments(denoiser, family.cut_layout(denoiser, 1))
     with torch.inference_mode():
@@ -146,7 +154,7 @@ def test_macs_share(name: str) -> None:
     assert shares == sorted(shares)
     assert 0.0 < shares[0] < shares[-1] < 1.0
     blocks = len(shares)
-    if name not in ("unet", "flux"):
+    if name not in (*UNETS, "flux"):
         # All blocks but the last are equal, so are the steps; the first may begin to read the prompt.
         steps = [after - before for before, after in itertools.pairwise(shares)]
         assert steps[1:] == pytest.approx([steps[1]] * (blocks - 2))
@@ -172,6 +180,31 @@ def test_shares_of_stable_diffusion_1() -> None:
         cuts = [FAMILIES[type(unet).__name__].cut_info(unet, cut) for cut in range(3)]
     assert [round(cut.macs_share, 3) for cut in cuts] == [0.079, 0.224, 0.380]
     assert [round(cut.parameter_share, 3) for cut in cuts] == [0.009, 0.022, 0.035]
+
+
+def test_shares_of_stable_diffusion_xl() -> None:
+    """Likewise at 1024 pixels; the added embedding of sizes and pooled text runs at every call, and is counted."""
+    with FakeTensorMode():
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            cross_attention_dim=2048,
+            attention_head_dim=(5, 10, 20),
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        family = FAMILIES[type(unet).__name__]
+        slots = {f"deep_{cut}": family.deep_slot(unet, cut) for cut in range(4)}
+        costs = family.path_costs(unet, Layout.of(slots, {name: (name,) for name in slots}))
+        cuts = [costs[name] for name in slots]
+        added = sum(p.numel() for p in unet.add_embedding.parameters()) / sum(p.numel() for p in unet.parameters())
+    assert [round(cut.macs_share, 4) for cut in cuts] == [0.0145, 0.0378, 0.0661, 0.1289]
+    assert [round(cut.parameter_share - added, 3) for cut in cuts] == [0.002, 0.004, 0.007, 0.021]
 
 
 @pytest.mark.parametrize("name", ["unet", "sd3"])
@@ -338,9 +371,10 @@ def test_any_range_of_blocks(name: str, first: int, last: int, share: float, mon
 
 
 @pytest.mark.parametrize("share", [THREE, TWO])
-def test_encoder_propagation(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", UNETS)
+def test_encoder_propagation(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder of a UNet runs on skips and middle block alone: it takes no latent."""
-    family, denoiser = make("unet")
+    family, denoiser = make(name)
     layout = family.encoder_layout(denoiser)
     keeping(family, denoiser, layout, share, monkeypatch)
     found, paths, _ = family.segments(denoiser, layout)

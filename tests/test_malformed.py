@@ -307,7 +307,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a model_index that is a list": (write("model_index.json", b"[]"), "must hold a JSON object"),
     "a model_index that is no text": (write("model_index.json", b"\xff\xfe\0"), "model_index.json"),
     "a deep model_index": (write("model_index.json", b"[" * 100_000), "model_index.json"),
-    "an unknown pipeline": (edit_json("model_index.json", _class_name="FluxPipeline"), "is not a supported pipeline"),
+    "an unknown pipeline": (edit_json("model_index.json", _class_name="KolorsPipeline"), "is not a supported pipeline"),
     "a pipeline that is a number": (edit_json("model_index.json", _class_name=7), "is not a supported pipeline"),
     "no denoiser in the index": (edit_json("model_index.json", unet="DELETE"), "has no 'unet'"),
     "an unknown component": (edit_json("model_index.json", extra=["diffusers", "UNet"]), "'extra'"),

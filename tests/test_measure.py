@@ -243,7 +243,7 @@ def test_median_and_its_interval() -> None:
     assert Timing(np.array([1.0, 2.0])).estimate().interval is None
 
 
-@pytest.mark.parametrize("family", ["unet", "sd3", "dit", "pixart", "flux"])
+@pytest.mark.parametrize("family", ["unet", "sd3", "dit", "pixart", "flux", "sdxl"])
 def test_the_original_runs_as_its_user_runs_it(tiny_folder: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     """The SD3 pipeline wants a VAE with a shift; the DiT pipeline has its null class at 1000, past the toy's ten."""
     folder = shutil.copytree(tiny_folder(family), tmp_path / family)

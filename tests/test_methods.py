@@ -30,7 +30,11 @@ REFUSED = {
     ("t-gate", "sd3"),
     ("t-gate", "dit"),
     ("t-gate", "flux"),
-    *((name, "unet") for name in ("ddt", "delta-dit", "teacache", "first-block-cache", "dbcache", "magcache")),
+    *(
+        (name, unet)
+        for unet in ("unet", "sdxl")
+        for name in ("ddt", "delta-dit", "teacache", "first-block-cache", "dbcache", "magcache")
+    ),
 }
 CALIBRATED = ("teacache", "first-block-cache", "dbcache", "magcache", "smoothcache")
 LOOSE = {name: {"threshold": 3.0} for name in CALIBRATED}
@@ -69,7 +73,7 @@ def cached(model: LatentDiffusion, method: str, **options: Any) -> LatentDiffusi
     return changed
 
 
-@pytest.mark.parametrize("family", ["unet", "sd3", "dit", "pixart", "flux"])
+@pytest.mark.parametrize("family", ["unet", "sd3", "dit", "pixart", "flux", "sdxl"])
 @pytest.mark.parametrize("method", METHODS)
 def test_contract(models: Callable[[str], LatentDiffusion], method: str, family: str, tmp_path: Path) -> None:
     """The plan runs and differs; with all rows full it is the uncached model; it survives saving; or it refuses."""

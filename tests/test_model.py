@@ -21,7 +21,7 @@ from compress.model.latent_diffusion import STATE_FILE, LatentDiffusion, load
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 from tests import tiny
 
-FAMILIES = ["unet", "sd3", "dit", "pixart", "flux"]
+FAMILIES = ["unet", "sd3", "dit", "pixart", "flux", "sdxl"]
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 UNKNOWN_LAYOUT = json.dumps(
     {
@@ -68,7 +68,9 @@ def theirs(pipeline: Any, name: str, inputs: dict[str, torch.Tensor]) -> dict[st
     with torch.inference_mode():
         match name:
             case "denoiser" if hasattr(pipeline, "unet"):
-                return {"out_sample": pipeline.unet(**inputs).sample}
+                added = {key: inputs[key] for key in ("text_embeds", "time_ids") if key in inputs}
+                taken = {key: value for key, value in inputs.items() if key not in added}
+                return {"out_sample": pipeline.unet(**taken, added_cond_kwargs=added).sample}
             case "denoiser" if "Flux" in type(pipeline).__name__:
                 return {"out_hidden_states": flux_output(pipeline, inputs)}
             case "denoiser":
@@ -87,6 +89,14 @@ def theirs(pipeline: Any, name: str, inputs: dict[str, torch.Tensor]) -> dict[st
                 "last_hidden_state": encoded.last_hidden_state,
                 "pooler_output": encoded.pooler_output,
             },
+            "StableDiffusionXLPipeline": lambda: (
+                {"last_hidden_state": encoded.last_hidden_state}
+                | (
+                    {"pooler_output": encoded.pooler_output, "hidden_states.1": encoded.hidden_states[-2]}
+                    if name == "text_encoder"
+                    else hidden | {"text_embeds": encoded.text_embeds}
+                )
+            ),
             "FluxPipeline": lambda: (
                 {"last_hidden_state": encoded.last_hidden_state}
                 | ({"pooler_output": encoded.pooler_output} if name == "text_encoder" else {})
@@ -131,6 +141,11 @@ def test_facts(tiny_folder: Folder) -> None:
     second = {"part": "text_encoder_2", "tokenizer": "tokenizer_2", "max_length": tiny.PROMPT_TOKENS}
     used = {"hidden": "hidden_states.1", "pooled": "text_embeds"}
     assert models["unet"].conditioning == {"kind": "stable-diffusion", "encoders": [clip]}
+    assert models["sdxl"].conditioning == {
+        "kind": "stable-diffusion-xl",
+        "encoders": [clip | used, second | used],
+        "unconditional_zeros": True,
+    }
     assert models["sd3"].conditioning == {
         "kind": "stable-diffusion-3",
         "encoders": [clip | used, second | used],
@@ -157,6 +172,12 @@ def test_folder_may_say_more(copied: Folder) -> None:
     edit(folder, "model_index.json", id2label={str(i): f"class {i}, {i}th" for i in range(10)})
     labels = load(folder).conditioning["labels"]
     assert (labels["class 7"], labels["9th"], len(labels)) == (7, 9, 20)
+
+
+def test_what_no_prompt_means_is_read_from_the_folder(copied: Folder) -> None:
+    folder = copied("sdxl")
+    edit(folder, "model_index.json", force_zeros_for_empty_prompt=False)
+    assert load(folder).conditioning["unconditional_zeros"] is False
 
 
 def test_functions_simulate_quantization(tiny_folder: Folder) -> None:
@@ -444,7 +465,12 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "index nests too deep": ("unet", text("model_index.json", "[" * 100_000), "not valid JSON"),
     "unknown pipeline": ("unet", edited("model_index.json", _class_name="StableDiffusionPipelin"), "did you mean"),
     "no pipeline": ("unet", edited("model_index.json", _class_name=["x"]), "not a supported pipeline"),
-    "SDXL": ("unet", edited("model_index.json", _class_name="StableDiffusionXLPipeline"), "not a supported pipeline"),
+    "another pipeline": ("unet", edited("model_index.json", _class_name="KolorsPipeline"), "not a supported pipeline"),
+    "one text encoder": (
+        "unet",
+        edited("model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "has no 'text_encoder_2'",
+    ),
     "unknown class": (
         "unet",
         edited("model_index.json", unet=["diffusers", "UNet3D"]),
@@ -540,6 +566,32 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         other_part("pixart", "transformer", caption_channels=24),
         "d_model of the text encoder is 16, but caption",
     ),
+    "both text widths": (
+        "sdxl",
+        other_part("sdxl", "unet", cross_attention_dim=24),
+        "hidden_size of both text encoders is 32, but cross_attention_dim",
+    ),
+    "pooled text width": (
+        "sdxl",
+        other_part("sdxl", "unet", projection_class_embeddings_input_dim=60),
+        "projection_dim of text_encoder_2 is 16, but text_embeds of the UNet is 12",
+    ),
+    "no sizes": (
+        "sdxl",
+        other_part("sdxl", "unet", addition_embed_type=None),
+        "addition_embed_type of the UNet is None, but that of a StableDiffusionXLPipeline is 'text_time'",
+    ),
+    "unwanted sizes": (
+        "unet",
+        other_part("sdxl", "unet", cross_attention_dim=16),
+        "'text_time', but that of a StableDiffusionPipeline is not 'text_time'",
+    ),
+    "aesthetics": (
+        "sdxl",
+        edited("model_index.json", requires_aesthetics_score=True),
+        "a score among its sizes .requires_aesthetics_score",
+    ),
+    "latent means": ("sdxl", edited("vae/config.json", latents_mean=[0.0] * 4), "channel by channel .latents_mean"),
     "flux latent channels": (
         "flux",
         other_part("flux", "transformer", in_channels=32),

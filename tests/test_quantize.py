@@ -56,7 +56,7 @@ def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10((reference**2).sum() / ((reference - other) ** 2).sum()))
 
 
-@pytest.mark.parametrize("family", ["unet", "sd3", "dit", "pixart", "flux"])
+@pytest.mark.parametrize("family", ["unet", "sd3", "dit", "pixart", "flux", "sdxl"])
 def test_every_layer_is_quantized_or_skipped_with_a_reason(
     family: str, models: Callable[[str], LatentDiffusion]
 ) -> None:

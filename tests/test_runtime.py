@@ -168,6 +168,33 @@ def test_text_to_image_mmdit(tiny_folder: Folder) -> None:
     assert difference(ours.sample(PROMPTS, SEEDS, 16, 16), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("negative", [None, ["", "a green ring"]])
+def test_text_to_image_sdxl(tiny_folder: Folder, negative: list[str] | None) -> None:
+    """The sizes come from the picture's own; no negative prompt is zeros, an empty one is read."""
+    pipeline = open_pipeline(tiny_folder("sdxl"))
+    ours = runtime(tiny_folder("sdxl"), "EulerDiscreteScheduler", pipeline.scheduler.config, 5, 3.0)
+    initial = noise(SEEDS, INITIAL, (4, 12, 8))
+    expected = pipeline(
+        PROMPTS,
+        negative_prompt=negative,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        height=24,
+        width=16,
+        latents=torch.from_numpy(initial),
+        output_type="latent",
+    ).images.numpy()
+    assert difference(ours.sample(PROMPTS, SEEDS, 24, 16, negative_prompts=negative), expected) <= 1e-5
+    if negative is None:
+        encoded = ours.encode(PROMPTS)
+        assert "time_ids" not in encoded
+        assert difference(ours.sample(encoded, SEEDS, 24, 16), expected) <= 1e-5
+        zoomed = ours.sample(encoded | {"time_ids": np.full((2, 6), 64.0)}, SEEDS, 24, 16)
+        assert difference(zoomed, expected) > 1e-3
+        whole = ours.sample(encoded, noise=initial)
+        np.testing.assert_array_equal(whole, ours.sample(encoded, SEEDS, 24, 16))
+
+
 @pytest.mark.parametrize("dev", [True, False])
 @pytest.mark.parametrize("side", [16, 24])
 def test_text_to_image_flux(tmp_path: Path, dev: bool, side: int) -> None:

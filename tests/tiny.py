@@ -13,6 +13,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -21,6 +22,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import (
@@ -120,6 +122,20 @@ def unet(**overrides: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(**(options | overrides)).eval()
 
 
+def sdxl(**overrides: Any) -> UNet2DConditionModel:
+    """Two levels, two transformer layers in the lower one, pooled text and sizes as conditioning: four cuts."""
+    options: dict[str, Any] = dict(
+        cross_attention_dim=2 * TEXT_WIDTH,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        attention_head_dim=(2, 4),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 8,
+    )
+    return unet(**(options | overrides))
+
+
 def sd3(**overrides: Any) -> SD3Transformer2DModel:
     """Four joint blocks, 32 wide, for two CLIP encoders of `TEXT_WIDTH`."""
     options: dict[str, Any] = dict(
@@ -198,6 +214,21 @@ def stable_diffusion() -> StableDiffusionPipeline:
     )
 
 
+def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    """Text to image: UNet, two CLIP encoders, no prompt as zeros."""
+    tokenizers = clip_tokenizer(), clip_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(clip_config(tokenizers[0])),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizers[1])),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=sdxl(),
+        scheduler=EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
+        add_watermarker=False,
+    )
+
+
 def stable_diffusion_3() -> StableDiffusion3Pipeline:
     """Text to image: MMDiT, two CLIP encoders, no T5, rectified flow."""
     tokenizers = clip_tokenizer(), clip_tokenizer()
@@ -258,6 +289,7 @@ PIPELINES = {
     "dit": class_conditional,
     "pixart": pixart_alpha,
     "flux": flux_dev,
+    "sdxl": stable_diffusion_xl,
 }
 """Family name -> the pipeline that stands for it."""
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
 
-PIPELINES = {"unet": "StableDiffusionPipeline", "sd3": "StableDiffusion3Pipeline"}
-"""Families whose pipelines Optimum has -> the class named in model_index.json."""
+PIPELINES = {"stable-diffusion": "StableDiffusionPipeline", "stable-diffusion-3": "StableDiffusion3Pipeline"}
+"""Kinds of conditioning whose pipelines are written for Optimum -> the class named in model_index.json."""
 
 _VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype")
 _FAST = {"CLIPTokenizer": "CLIPTokenizerFast", "T5Tokenizer": "T5TokenizerFast"}
@@ -21,9 +21,9 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 def write_optimum_layout(model: LatentDiffusion, folder: Path) -> None:
     """Write model_index.json, the scheduler's configuration and one config.json per part beside the graphs.
 
-    Families that Optimum has no pipeline for get none of it.
+    Models of other kinds get none of it.
     """
-    if model.family.name not in PIPELINES:
+    if model.conditioning["kind"] not in PIPELINES:
         return
     part = model.family.part
     configs: dict[str, Any] = {part: model.denoiser, "vae_encoder": model.vae, "vae_decoder": model.vae}
@@ -43,7 +43,7 @@ def write_optimum_layout(model: LatentDiffusion, folder: Path) -> None:
 def _index(model: LatentDiffusion) -> dict[str, Any]:
     """model_index.json: the components there are, the others null."""
     index: dict[str, Any] = {
-        "_class_name": PIPELINES[model.family.name],
+        "_class_name": PIPELINES[model.conditioning["kind"]],
         "_diffusers_version": model.index.get("_diffusers_version", "0.0.0"),
         "scheduler": ["diffusers", model.scheduler_config["_class_name"]],
         "vae": ["diffusers", type(model.vae).__name__],

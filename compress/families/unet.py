@@ -1,4 +1,4 @@
-"""UNet2DConditionModel (Stable Diffusion 1.x and 2.x): one cut per skip connection."""
+"""UNet2DConditionModel (Stable Diffusion 1.x, 2.x and XL): one cut per skip connection."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ from export.step_plan import Slot
 
 _BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 _TEXT = ("encoder_hidden_states",)
+_ADDED = {None: (), "text": _TEXT, "text_time": ("text_embeds", "time_ids")}
+"""addition_embed_type -> what its embedding, which is added to that of the timestep, is made of."""
+
+TIME_IDS = 6
+"""Numbers in `time_ids`: height and width of the picture that was cropped, top and left of the crop, its height and
+width (Podell et al. 2023, arXiv 2307.01952, section 2.2)."""
+
+_DOWNSCALE = 8  # of the usual VAE, for examples
 _PLAIN_ONLY = {
     "class_embed_type": "class embeddings",
     "num_class_embeds": "class embeddings",
@@ -89,7 +97,7 @@ class UNet(Family):
     name = "unet"
     denoiser_class = "UNet2DConditionModel"
     part = "unet"
-    conditioning = ("sample", "timestep", "encoder_hidden_states")
+    conditioning = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
     output = "out_sample"
     float_layers = (r"^conv_in$", r"^conv_out$")
     modulation_layers = (r"^time_embedding\.", r"^add_embedding\.", r"time_emb_proj$")
@@ -109,9 +117,10 @@ class UNet(Family):
         for key, meaning in _PLAIN_ONLY.items():
             if config.get(key):
                 raise RefusedError(f"the UNet has {meaning} ({key}), which is not supported")
-        if config.addition_embed_type not in (None, "text"):
+        if config.addition_embed_type not in _ADDED:
             raise RefusedError(
-                f"the UNet has addition_embed_type {config.addition_embed_type!r}; only none and 'text' are supported"
+                f"the UNet has addition_embed_type {config.addition_embed_type!r}; supported are none, 'text' and "
+                "'text_time'"
             )
         blocks = {type(block).__name__ for block in (*denoiser.down_blocks, *denoiser.up_blocks)}
         if unknown := sorted(blocks.difference(_BLOCKS)):
@@ -120,9 +129,14 @@ class UNet(Family):
             raise RefusedError("the UNet's middle block is not UNetMidBlock2DCrossAttn, the only supported type")
 
     @override
+    def inputs(self, denoiser: Network) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.conditioning[:3], *_ADDED[denoiser.config.addition_embed_type])))
+
+    @override
     def whole(self, denoiser: Network, *tensors: Tensor) -> Tensor:
-        sample, timestep, text = tensors
-        return denoiser(sample, timestep, encoder_hidden_states=text, return_dict=False)[0]
+        named = dict(zip(self.inputs(denoiser), tensors, strict=True))
+        sample, timestep, text = (named.pop(name) for name in self.conditioning[:3])
+        return denoiser(sample, timestep, encoder_hidden_states=text, added_cond_kwargs=named, return_dict=False)[0]
 
     @override
     def cut_names(self, denoiser: Network) -> list[str]:
@@ -131,11 +145,11 @@ class UNet(Family):
     @override
     def units(self, denoiser: Network) -> list[Unit]:
         """Unit `down_i` gives skip i, and `up_i` consumes it; `up_i` is named as the tensor it gives."""
-        pooled = denoiser.config.addition_embed_type == "text"
+        added = _ADDED[denoiser.config.addition_embed_type]
         down, up = _down_layers(denoiser), _up_layers(denoiser)
         last = len(down) - 1
         return [
-            Unit("time", ("timestep", *_TEXT[:pooled]), ("emb",), _time, ("time_embedding", "add_embedding")),
+            Unit("time", ("timestep", *added), ("emb",), _time, ("time_embedding", "add_embedding")),
             *(_down_unit(i, layers) for i, layers in enumerate(down)),
             Unit("mid", (f"skip_{last}", "emb", *_TEXT), ("mid",), _mid, ("mid_block",)),
             *(_up_unit(i, layers, "mid" if i == last else f"up_{i + 1}") for i, layers in reversed([*enumerate(up)])),
@@ -173,11 +187,16 @@ class UNet(Family):
         self, denoiser: Network, batch: int, height: int, width: int, prompt_tokens: int
     ) -> dict[str, Tensor]:
         config, generator = denoiser.config, torch.Generator().manual_seed(0)
-        return {
+        inputs = {
             "sample": torch.randn(batch, config.in_channels, height, width, generator=generator),
             "timestep": torch.linspace(999.0, 0.0, batch + 1)[:batch],
             "encoder_hidden_states": torch.randn(batch, prompt_tokens, config.cross_attention_dim, generator=generator),
         }
+        if config.addition_embed_type == "text_time":
+            size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+            inputs["text_embeds"] = torch.randn(batch, pooled_width(denoiser), generator=generator)
+            inputs["time_ids"] = (_DOWNSCALE * size).repeat(batch, 1)
+        return inputs
 
     @override
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
@@ -185,11 +204,18 @@ class UNet(Family):
             "sample": {0: "batch", 2: "height", 3: "width"},
             "timestep": {0: "batch"},
             "encoder_hidden_states": {0: "batch", 1: "prompt_tokens"},
+            "text_embeds": {0: "batch"},
+            "time_ids": {0: "batch"},
         }
 
     @override
     def latent_multiple(self, denoiser: Network) -> int:
         return 2 ** int(denoiser.num_upsamplers)
+
+
+def pooled_width(unet: Network) -> int:
+    """Channels of `text_embeds`: what the embedded sizes leave of the input of the added embedding."""
+    return int(unet.config.projection_class_embeddings_input_dim) - TIME_IDS * int(unet.config.addition_time_embed_dim)
 
 
 def _down_unit(index: int, layers: Layers) -> Unit:
@@ -216,9 +242,11 @@ def _conditions(layers: Layers) -> tuple[str, ...]:
     return (*("emb",)[: layers.resnet is not None], *_TEXT[: layers.attention is not None])
 
 
-def _time(unet: Network, timestep: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
+def _time(unet: Network, timestep: Tensor, *added: Tensor) -> tuple[Tensor, ...]:
     emb = unet.time_embedding(unet.time_proj(timestep).to(unet.dtype))
-    extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs={})
+    named = dict(zip(_ADDED[unet.config.addition_embed_type], added, strict=True))
+    text = named.pop("encoder_hidden_states", None)
+    extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=named)
     return (emb if extra is None else emb + extra,)
 
 

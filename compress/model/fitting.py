@@ -8,10 +8,15 @@ from typing import Any
 
 from compress.errors import RefusedError
 from compress.families import Network
+from compress.families.unet import pooled_width
 from compress.model.loader import Components
 
 _SHORTEST = 2  # start and end of text
 _LARGEST_ID = 2  # in CLIP configurations of old: the end of a text is where the token id is largest
+_REFUSED = {
+    "requires_aesthetics_score": "a score among its sizes",
+    "latents_mean": "latents that are shifted channel by channel",
+}
 
 
 def check_fit(components: Components) -> None:
@@ -23,6 +28,9 @@ def check_fit(components: Components) -> None:
     factor = components.vae.config.scaling_factor
     if not isinstance(factor, int | float) or not math.isfinite(factor) or factor <= 0:
         raise RefusedError(f"scaling_factor of the VAE is {factor!r}: it must be a positive number")
+    for key, meaning in _REFUSED.items():
+        if components.index.get(key) or getattr(components.vae.config, key, None):
+            raise RefusedError(f"the pipeline has {meaning} ({key}), which is not supported")
     for left, found, right, wanted in _pairs(components):
         if found != wanted:
             raise RefusedError(f"{left} is {found}, but {right} is {wanted}: the components are not of one model")
@@ -41,8 +49,17 @@ def _pairs(components: Components) -> Iterator[tuple[str, Any, str, Any]]:
     yield "latent_channels of the VAE", vae.latent_channels, packed, taken
     match components.family.name:
         case "unet":
-            width = config.cross_attention_dim
-            yield "hidden_size of the text encoder", encoders[0].hidden_size, "cross_attention_dim of the UNet", width
+            width, sized = config.cross_attention_dim, len(encoders) > 1
+            if sized != (config.addition_embed_type == "text_time"):
+                wanted = "'text_time'" if sized else "not 'text_time'"
+                found = repr(config.addition_embed_type)
+                yield "addition_embed_type of the UNet", found, f"that of a {index['_class_name']}", wanted
+            states = sum(clip.hidden_size for clip in encoders)
+            names = "hidden_size of both text encoders" if sized else "hidden_size of the text encoder"
+            yield names, states, "cross_attention_dim of the UNet", width
+            if sized:
+                pooled = pooled_width(components.denoiser)
+                yield "projection_dim of text_encoder_2", encoders[1].projection_dim, "text_embeds of the UNet", pooled
         case "sd3":
             clips, pooled, joint = encoders[:2], config.pooled_projection_dim, config.joint_attention_dim
             projected = sum(clip.projection_dim for clip in clips)

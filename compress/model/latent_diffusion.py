@@ -128,8 +128,7 @@ class LatentDiffusion:
             if name == "denoiser":
                 denoiser = fake_quantized(denoiser, plan, dialect=dialect)
             else:
-                component = fake_quantized(parts[name].component, plan, dialect=dialect)
-                parts[name] = type(parts[name])(component)
+                parts[name] = parts[name].over(fake_quantized(parts[name].component, plan, dialect=dialect))
         segments = self.family.segments(denoiser, self.layout).segments
         return {segment.name: segment.module for segment in segments} | parts
 
@@ -192,8 +191,10 @@ class LatentDiffusion:
         return {self.family.part: self.denoiser, "vae": self.vae, **self.text_encoders}
 
     def _surroundings(self) -> dict[str, Part]:
+        hidden = {entry["part"]: entry.get("hidden") for entry in self.conditioning.get("encoders", ())}
         encoders = {
-            name: TEXT_ENCODERS[type(encoder).__name__](encoder) for name, encoder in self.text_encoders.items()
+            name: TEXT_ENCODERS[type(encoder).__name__](encoder, hidden.get(name))
+            for name, encoder in self.text_encoders.items()
         }
         return {"vae_decoder": VaeDecoder(self.vae), "vae_encoder": VaeEncoder(self.vae), **encoders}
 
@@ -266,12 +267,17 @@ def _conditioning(components: Components) -> dict[str, Any]:
         entry = {"part": name, "tokenizer": tokenizer, "max_length": components.tokenizers[tokenizer].model_max_length}
         if TEXT_ENCODERS[type(encoder).__name__] is T5Encoder:
             entry["max_length"] = min(entry["max_length"], long)
-        elif components.family.name == "sd3":
+        elif components.family.name == "sd3" or (
+            components.family.name == "unet" and len(components.text_encoders) > 1
+        ):
             entry |= {"hidden": f"hidden_states.{encoder.config.num_hidden_layers - 1}", "pooled": "text_embeds"}
         elif components.family.name == "flux":
             entry |= {"pooled": "pooler_output"}
         encoders.append(entry)
     match components.family.name:
+        case "unet" if len(encoders) > 1:
+            zeros = bool(index.get("force_zeros_for_empty_prompt", True))
+            return {"kind": "stable-diffusion-xl", "encoders": encoders, "unconditional_zeros": zeros}
         case "unet":
             return {"kind": "stable-diffusion", "encoders": encoders}
         case "sd3":

@@ -36,6 +36,9 @@ class Pipeline:
 
 
 _STABLE_DIFFUSION = Pipeline("UNet2DConditionModel", {"text_encoder": "CLIPTextModel"})
+_STABLE_DIFFUSION_XL = Pipeline(
+    "UNet2DConditionModel", {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+)
 _STABLE_DIFFUSION_3 = Pipeline(
     "SD3Transformer2DModel",
     {"text_encoder": "CLIPTextModelWithProjection", "text_encoder_2": "CLIPTextModelWithProjection"},
@@ -48,6 +51,9 @@ PIPELINES: dict[str, Pipeline] = {
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
     "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
     "StableDiffusionInpaintPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionXLPipeline": _STABLE_DIFFUSION_XL,
+    "StableDiffusionXLImg2ImgPipeline": _STABLE_DIFFUSION_XL,
+    "StableDiffusionXLInpaintPipeline": _STABLE_DIFFUSION_XL,
     "StableDiffusion3Pipeline": _STABLE_DIFFUSION_3,
     "StableDiffusion3Img2ImgPipeline": _STABLE_DIFFUSION_3,
     "StableDiffusion3InpaintPipeline": _STABLE_DIFFUSION_3,

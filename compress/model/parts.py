@@ -30,6 +30,10 @@ class Part(nn.Module):
         """The network inside; module names of a quantization plan are paths in it."""
         return self.get_submodule(self.prefix)
 
+    def over(self, component: Network) -> Part:
+        """The same part over another component."""
+        return type(self)(component)
+
     def example_inputs(self, batch: int, height: int, width: int, prompt_tokens: int) -> dict[str, Tensor]:
         """Seeded inputs; height and width in latent pixels."""
         raise NotImplementedError
@@ -83,13 +87,22 @@ class VaeEncoder(Part):
 
 
 class TextEncoder(Part):
-    """A text encoder over token ids (n, s)."""
+    """A text encoder over token ids (n, s).
+
+    Attributes:
+        hidden: an inner state that the pipeline takes, `hidden_states.i`; None where it takes the last or many.
+    """
 
     prefix = "text_encoder"
 
-    def __init__(self, text_encoder: Network) -> None:
+    def __init__(self, text_encoder: Network, hidden: str | None = None) -> None:
         super().__init__()
         self.text_encoder = text_encoder
+        self.hidden = hidden
+
+    @override
+    def over(self, component: Network) -> Part:
+        return type(self)(component, self.hidden)
 
     @override
     def example_inputs(self, batch: int, height: int, width: int, prompt_tokens: int) -> dict[str, Tensor]:
@@ -101,16 +114,20 @@ class TextEncoder(Part):
 
 
 class ClipEncoder(TextEncoder):
-    """CLIPTextModel: `input_ids` to `last_hidden_state` (n, s, d) and `pooler_output` (n, d)."""
+    """CLIPTextModel: `input_ids` to `last_hidden_state` (n, s, d), `pooler_output` (n, d), and perhaps `hidden`."""
 
     inputs = ("input_ids",)
-    outputs = ("last_hidden_state", "pooler_output")
     axes: ClassVar = {"input_ids": {0: "batch", 1: "prompt_tokens"}}
+
+    def __init__(self, text_encoder: Network, hidden: str | None = None) -> None:
+        super().__init__(text_encoder, hidden)
+        self.outputs = ("last_hidden_state", "pooler_output", *(() if hidden is None else (hidden,)))
 
     @override
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        encoded = self.text_encoder(input_ids)
-        return encoded.last_hidden_state, encoded.pooler_output
+        encoded = self.text_encoder(input_ids, output_hidden_states=self.hidden is not None)
+        inner = () if self.hidden is None else (encoded.hidden_states[int(self.hidden.rpartition(".")[2])],)
+        return encoded.last_hidden_state, encoded.pooler_output, *inner
 
 
 class ClipProjectionEncoder(TextEncoder):
@@ -119,8 +136,8 @@ class ClipProjectionEncoder(TextEncoder):
     inputs = ("input_ids",)
     axes: ClassVar = {"input_ids": {0: "batch", 1: "prompt_tokens"}}
 
-    def __init__(self, text_encoder: Network) -> None:
-        super().__init__(text_encoder)
+    def __init__(self, text_encoder: Network, hidden: str | None = None) -> None:
+        super().__init__(text_encoder, hidden)
         layers = text_encoder.config.num_hidden_layers
         self.outputs = ("text_embeds", "last_hidden_state", *(f"hidden_states.{i}" for i in range(layers + 1)))
 
