@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.engine.export_engine import checked_shapes
+from compress.errors import RefusedError
 from compress.estimate import Estimate, estimate
 from compress.guidance import place_guidance
 from compress.measure.quality import planned_metrics
@@ -77,6 +78,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
     targets = [target(name) for name in recipe.targets]
     context = _context(recipe, progress)
     _check_gates(recipe)
+    _check_evaluate(original, recipe)
     edits = plan(original, recipe.passes, targets)
     cost = estimate(recipe, original, edits)
     if dry_run:
@@ -159,6 +161,15 @@ def _check_gates(recipe: Recipe) -> None:
     if evaluate is not None:
         measured = planned_metrics(evaluate.scorer is not None, evaluate.clip_model is not None, evaluate.samples)
         refuse_gates(recipe.to_dict().get("gates", {}), measured)
+
+
+def _check_evaluate(model: LatentDiffusion, recipe: Recipe) -> None:
+    """Refuse to measure what would need more than prompts, before anything is computed."""
+    if recipe.evaluate is not None and model.family.residuals(model.denoiser):
+        raise RefusedError(
+            f"evaluate: a {model.index['_class_name']} follows a control picture, and prompts have none: leave "
+            "evaluate out, and measure the engine with residuals of your own"
+        )
 
 
 def _context(recipe: Recipe, progress: Progress) -> PassContext:

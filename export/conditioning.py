@@ -13,6 +13,9 @@ A specification is plain JSON data. An encoder entry is {"part": "text_encoder",
     pixart                one T5                       -
     class                 none                         classes (the null class comes after them), and perhaps
                                                        labels: {name: class}
+
+Where the denoiser adds residuals of a ControlNet, `residuals` is {name: [channels, pixels of the picture for one of its
+own, in each direction]}; the caller gives them, for both halves of guidance alike, or none at all.
 """
 
 from __future__ import annotations
@@ -46,11 +49,25 @@ def unconditional(count: int) -> list[None]:
     return [None] * count
 
 
-def of_size(spec: Mapping[str, Any], count: int, height: int, width: int) -> dict[str, np.ndarray]:
-    """The conditioning tensors of `count` pictures that say their size in pixels: uncropped, as the pipeline does."""
-    if spec.get("kind") != "stable-diffusion-xl":
-        return {}
-    return {"time_ids": np.tile(np.array([height, width, 0, 0, height, width], np.float32), (count, 1))}
+def of_size(
+    spec: Mapping[str, Any], given: Mapping[str, np.ndarray], count: int, height: int, width: int
+) -> dict[str, np.ndarray]:
+    """The conditioning tensors that follow from the size of `count` pictures in pixels, where they are not given.
+
+    They are the size itself, for an uncropped picture, and zeros for residuals of which none is given: no control.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    if spec.get("kind") == "stable-diffusion-xl":
+        tensors["time_ids"] = np.tile(np.array([height, width, 0, 0, height, width], np.float32), (count, 1))
+    if not residuals(spec, given):
+        for name, (channels, side) in (spec.get("residuals") or {}).items():
+            tensors[name] = np.zeros((count, channels, height // side, width // side), np.float32)
+    return {name: tensor for name, tensor in tensors.items() if name not in given}
+
+
+def residuals(spec: Mapping[str, Any], given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of the tensors that are residuals of a ControlNet."""
+    return {name: given[name] for name in spec.get("residuals") or () if name in given}
 
 
 def encode(

@@ -312,12 +312,13 @@ class Runtime:
         return self._programs[start]
 
     def _conditioned(
-        self, prompts: Prompts | Conditioning, pixels: tuple[int, int]
+        self, prompts: Prompts | Conditioning, pixels: tuple[int, int], other: Conditioning | None = None
     ) -> tuple[dict[str, np.ndarray], int]:
-        """The tensors the denoiser takes, and for how many samples; those that say the size may be left out."""
+        """The tensors the denoiser takes, and for how many samples; what both halves share comes from the `other`."""
         tensors = _plain(prompts) if isinstance(prompts, Mapping) else self.encode(prompts)
+        tensors = text.residuals(self.conditioning, other or {}) | tensors
         count = max((len(value) for value in tensors.values() if value.ndim), default=0)
-        tensors = text.of_size(self.conditioning, count, *pixels) | tensors
+        tensors |= text.of_size(self.conditioning, tensors, count, *pixels)
         missing = sorted(self._given - set(tensors))
         if missing:
             raise RuntimeInputError(f"the conditioning lacks {missing[0]!r}, which the denoiser takes")
@@ -329,7 +330,7 @@ class Runtime:
     def _guided(
         self, cond: Conditioning, samples: int, negative: Prompts | Conditioning | None, pixels: tuple[int, int]
     ) -> dict[str, np.ndarray]:
-        uncond, count = self._conditioned(text.unconditional(samples) if negative is None else negative, pixels)
+        uncond, count = self._conditioned(text.unconditional(samples) if negative is None else negative, pixels, cond)
         if count != samples:
             raise RuntimeInputError(f"there are {samples} prompts and {count} negative prompts")
         for name, value in cond.items():

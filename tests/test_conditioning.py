@@ -76,10 +76,12 @@ def test_sizes_are_those_of_the_pipeline(tiny_folder: Folder) -> None:
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder("sdxl"))
     size = (24, 16)
     expected = pipeline._get_add_time_ids(size, (0, 0), size, torch.float32, tiny.TEXT_WIDTH)
-    got = of_size(models.load(tiny_folder("sdxl")).conditioning, 3, *size)["time_ids"]
+    spec = models.load(tiny_folder("sdxl")).conditioning
+    got = of_size(spec, {}, 3, *size)["time_ids"]
     assert got.dtype == np.float32
     close(got, expected.repeat(3, 1))
-    assert of_size(models.load(tiny_folder("unet")).conditioning, 3, *size) == {}
+    assert of_size(spec, {"time_ids": got}, 3, *size) == {}
+    assert of_size(models.load(tiny_folder("unet")).conditioning, {}, 3, *size) == {}
 
 
 def test_stable_diffusion_3(tiny_folder: Folder) -> None:

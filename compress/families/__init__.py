@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compress.families.base import CutInfo, Family
+from compress.families.controlled_unet import ControlledUNet
 from compress.families.dit import DiT
 from compress.families.flux import Flux
 from compress.families.layout import Layout
@@ -14,4 +15,7 @@ from compress.families.unet import UNet
 FAMILIES: dict[str, Family] = {family.denoiser_class: family for family in (UNet(), SD3(), DiT(), PixArt(), Flux())}
 """diffusers class name of the denoiser -> what is known about it."""
 
-__all__ = ["FAMILIES", "CutInfo", "DenoiserSegment", "Family", "Layout", "Network", "Segmentation"]
+CONTROLLED_UNET: Family = ControlledUNet()
+"""For the UNets of pipelines with a ControlNet."""
+
+__all__ = ["CONTROLLED_UNET", "FAMILIES", "CutInfo", "DenoiserSegment", "Family", "Layout", "Network", "Segmentation"]

@@ -120,6 +120,10 @@ class Family(ABC):
         """What the pipeline tells the scheduler of a latent of this size, see `compress.schedulers.completed`."""
         return {}
 
+    def residuals(self, denoiser: Network) -> dict[str, tuple[int, int]]:
+        """Inputs of features to add, each with its channels and the latent pixels to one of its own, in a direction."""
+        return {}
+
     def latent_channels(self, denoiser: Network) -> int:
         """Channels of the latent it takes."""
         return int(denoiser.config.in_channels)

@@ -48,7 +48,7 @@ class Layers(NamedTuple):
         return [path for path in self if path is not None]
 
 
-def _down_layers(unet: Network) -> list[Layers]:
+def down_layers(unet: Network) -> list[Layers]:
     """The units that produce the skips s_0 (conv_in), s_1, ... in order."""
     found = [Layers(plain="conv_in")]
     for b, block in enumerate(unet.down_blocks):
@@ -146,7 +146,7 @@ class UNet(Family):
     def units(self, denoiser: Network) -> list[Unit]:
         """Unit `down_i` gives skip i, and `up_i` consumes it; `up_i` is named as the tensor it gives."""
         added = _ADDED[denoiser.config.addition_embed_type]
-        down, up = _down_layers(denoiser), _up_layers(denoiser)
+        down, up = down_layers(denoiser), _up_layers(denoiser)
         last = len(down) - 1
         return [
             Unit("time", ("timestep", *added), ("emb",), _time, ("time_embedding", "add_embedding")),
@@ -173,7 +173,7 @@ class UNet(Family):
         mid = [f"mid_block.attentions.{i}" for i in range(len(denoiser.mid_block.attentions))]
         down, up = (
             [layers.attention for layers in found if layers.attention is not None]
-            for found in (_down_layers(denoiser), reversed(_up_layers(denoiser)))
+            for found in (down_layers(denoiser), reversed(_up_layers(denoiser)))
         )
         return [
             Sublayer(kind, f"{attention}.transformer_blocks.{i}.{name}")

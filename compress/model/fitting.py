@@ -48,7 +48,7 @@ def _pairs(components: Components) -> Iterator[tuple[str, Any, str, Any]]:
     packed = "in_channels of the denoiser" if patch == 1 else f"in_channels / {patch} of the denoiser"
     yield "latent_channels of the VAE", vae.latent_channels, packed, taken
     match components.family.name:
-        case "unet":
+        case "unet" | "controlled-unet":
             width, sized = config.cross_attention_dim, len(encoders) > 1
             if sized != (config.addition_embed_type == "text_time"):
                 wanted = "'text_time'" if sized else "not 'text_time'"

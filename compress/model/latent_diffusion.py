@@ -268,18 +268,19 @@ def _conditioning(components: Components) -> dict[str, Any]:
         if TEXT_ENCODERS[type(encoder).__name__] is T5Encoder:
             entry["max_length"] = min(entry["max_length"], long)
         elif components.family.name == "sd3" or (
-            components.family.name == "unet" and len(components.text_encoders) > 1
+            components.family.part == "unet" and len(components.text_encoders) > 1
         ):
             entry |= {"hidden": f"hidden_states.{encoder.config.num_hidden_layers - 1}", "pooled": "text_embeds"}
         elif components.family.name == "flux":
             entry |= {"pooled": "pooler_output"}
         encoders.append(entry)
     match components.family.name:
-        case "unet" if len(encoders) > 1:
+        case "unet" | "controlled-unet" if len(encoders) > 1:
             zeros = bool(index.get("force_zeros_for_empty_prompt", True))
-            return {"kind": "stable-diffusion-xl", "encoders": encoders, "unconditional_zeros": zeros}
-        case "unet":
-            return {"kind": "stable-diffusion", "encoders": encoders}
+            sized = {"kind": "stable-diffusion-xl", "encoders": encoders, "unconditional_zeros": zeros}
+            return sized | _residuals(components)
+        case "unet" | "controlled-unet":
+            return {"kind": "stable-diffusion", "encoders": encoders} | _residuals(components)
         case "sd3":
             joint = {"joint_attention_dim": int(config.joint_attention_dim), "max_sequence_length": long}
             return {"kind": "stable-diffusion-3", "encoders": encoders, **joint}
@@ -293,6 +294,14 @@ def _conditioning(components: Components) -> dict[str, Any]:
     named = (index.get("id2label") or {}).items()
     labels = {name.strip(): int(number) for number, names in named for name in names.split(",")}
     return {"kind": "class", "encoders": [], "classes": int(config.num_embeds_ada_norm), "labels": labels}
+
+
+def _residuals(components: Components) -> dict[str, Any]:
+    """The channels of every residual, and how many pixels of the picture one of its own stands for, in a direction."""
+    side = 2 ** (len(components.vae.config.block_out_channels) - 1)
+    found = components.family.residuals(components.denoiser)
+    shapes = {name: [channels, side * divisor] for name, (channels, divisor) in found.items()}
+    return {"residuals": shapes} if shapes else {}
 
 
 def _function(module: Network) -> PartFunction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from compress.errors import RefusedError
-from compress.families import FAMILIES, Family, Network
+from compress.families import CONTROLLED_UNET, FAMILIES, Family, Network
 from compress.model.checkpoint import Weights, inside, read_json, read_weights, refusing
 from compress.model.parts import TEXT_ENCODERS
 from compress.nearest import unknown
@@ -28,11 +28,15 @@ class Pipeline:
         denoiser: its class.
         encoders: text encoder -> class.
         optional: text encoders the pipeline also runs without.
+        family: of the denoiser, where its class does not tell.
+        unread: components that are the caller's to run.
     """
 
     denoiser: str
     encoders: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
+    family: Family | None = None
+    unread: tuple[str, ...] = ()
 
 
 _STABLE_DIFFUSION = Pipeline("UNet2DConditionModel", {"text_encoder": "CLIPTextModel"})
@@ -51,6 +55,10 @@ PIPELINES: dict[str, Pipeline] = {
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
     "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
     "StableDiffusionInpaintPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionControlNetPipeline": replace(_STABLE_DIFFUSION, family=CONTROLLED_UNET, unread=("controlnet",)),
+    "StableDiffusionXLControlNetPipeline": replace(
+        _STABLE_DIFFUSION_XL, family=CONTROLLED_UNET, unread=("controlnet",)
+    ),
     "StableDiffusionXLPipeline": _STABLE_DIFFUSION_XL,
     "StableDiffusionXLImg2ImgPipeline": _STABLE_DIFFUSION_XL,
     "StableDiffusionXLInpaintPipeline": _STABLE_DIFFUSION_XL,
@@ -104,13 +112,14 @@ def load_components(root: Path) -> Components:
     if not isinstance(name, str) or name not in PIPELINES:
         raise RefusedError(f"{root / 'model_index.json'}: {unknown(name, 'a supported pipeline', PIPELINES)}")
     pipeline, classes = PIPELINES[name], _classes(root, index)
-    family = FAMILIES[pipeline.denoiser]
+    family = pipeline.family or FAMILIES[pipeline.denoiser]
     encoders = dict(pipeline.encoders) | {key: value for key, value in pipeline.optional.items() if key in classes}
     tokenizers = [encoder.replace("text_encoder", "tokenizer") for encoder in encoders]
     read = [family.part, "vae", "scheduler", *encoders, *tokenizers]
     if lacking := [component for component in read if component not in classes]:
         raise RefusedError(f"{root / 'model_index.json'} has no {lacking[0]!r}: the pipeline cannot run without it")
-    if left := sorted(set(classes) - {*read, *_UNUSED}):
+    unused = (*_UNUSED, *pipeline.unread)
+    if left := sorted(set(classes) - {*read, *unused}):
         raise RefusedError(f"{root / 'model_index.json'}: {unknown(left[0], f'a component of {name}', read)}")
     denoiser = _network(root, classes, family.part, pipeline.denoiser)
     family.check(denoiser)
@@ -122,7 +131,7 @@ def load_components(root: Path) -> Components:
         text_encoders={encoder: _network(root, classes, encoder, known) for encoder, known in encoders.items()},
         tokenizers={tokenizer: _tokenizer(root, tokenizer) for tokenizer in tokenizers},
         scheduler_config=_scheduler_config(root, classes),
-        ignored=[component for component in _UNUSED if component in classes],
+        ignored=[component for component in unused if component in classes],
     )
 
 

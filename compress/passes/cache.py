@@ -181,7 +181,7 @@ class Cache(Pass):
         if any(plan.steps[int(row.removeprefix("step "))].guidance != "none" for row in unguided):
             raise PassError("a network call that was to run without guidance is guided")
         try:
-            plan.validate(model.family.conditioning)
+            plan.validate(model.family.inputs(model.denoiser))
         except StepPlanError as error:
             raise PassError(f"the rewritten step plan is not valid: {error}") from error
 
