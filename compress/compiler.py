@@ -76,7 +76,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
     checked_shapes(original, shapes_of(recipe))
     sample(original, recipe)
     targets = [target(name) for name in recipe.targets]
-    context = _context(recipe, progress)
+    context = _context(recipe, progress, targets, store)
     _check_gates(recipe)
     _check_evaluate(original, recipe)
     edits = plan(original, recipe.passes, targets)
@@ -172,7 +172,7 @@ def _check_evaluate(model: LatentDiffusion, recipe: Recipe) -> None:
         )
 
 
-def _context(recipe: Recipe, progress: Progress) -> PassContext:
+def _context(recipe: Recipe, progress: Progress, targets: Sequence[Target], store: Store) -> PassContext:
     prompts = []
     if recipe.calibration is not None:
         prompts = read_prompts(recipe.locate(recipe.calibration.prompts), recipe.calibration.samples)
@@ -185,4 +185,6 @@ def _context(recipe: Recipe, progress: Progress) -> PassContext:
         height=recipe.shapes.height.best,
         width=recipe.shapes.width.best,
         progress=progress,
+        targets=targets,
+        store=store,
     )

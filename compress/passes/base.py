@@ -11,6 +11,7 @@ from compress.progress import Progress, silent
 
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
+    from compress.store import Store
     from export.target import Target
 
 
@@ -35,6 +36,8 @@ class PassContext:
         seed: of the calibration noises.
         height, width: of the pictures, in pixels.
         progress: receives (what, done, total).
+        targets: what the engine is built for, for passes that measure.
+        store: keeps what is exported on the way, by content; None keeps nothing.
     """
 
     prompts: Sequence[str]
@@ -42,6 +45,8 @@ class PassContext:
     height: int
     width: int
     progress: Progress = field(default=silent)
+    targets: Sequence[Target] = ()
+    store: Store | None = None
 
 
 class Pass(ABC):

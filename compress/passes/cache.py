@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Interval
+from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import override
 
 from compress.errors import PassError, RefusedError
@@ -26,12 +27,28 @@ GateName = Literal["static", "dynamic"]
 ScheduleName = Literal["uniform", "signed-power"]
 
 
+class Optimize(BaseModel):
+    """A budget for the search of a plan; exactly one of the first two.
+
+    Attributes:
+        latency_ratio: network time at most, as a share of the uncached run's.
+        psnr_db: latent PSNR against the uncached run at least (mean over held-out noises); the fastest plan wins.
+        seconds: of one search, once the graphs are exported and timed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    latency_ratio: float | None = Field(default=None, gt=0.0, lt=1.0)
+    psnr_db: float | None = Field(default=None, gt=0.0, le=100.0)
+    seconds: float = Field(default=50.0, gt=0.0, le=36000.0)
+
+
 @dataclass(frozen=True)
 class Cache(Pass):
     """Cache by a published method. A field left out takes the default of the method's paper; see `METHODS`.
 
     Attributes:
         method: a row of `compress.caching.methods.METHODS`.
+        optimize: search sampler points, cut, full calls and damping for a budget, in place of a method.
         cut: where; `compress inspect` lists the cuts of a model. For a UNet, cut k is branch k of DeepCache; for a
             transformer, the number of leading blocks that always run.
         interval: network calls from one full call to the next.
@@ -62,6 +79,7 @@ class Cache(Pass):
     changes: ClassVar[frozenset[str]] = frozenset({"graph", "plan"})
 
     method: str = "deepcache"
+    optimize: Optimize | None = None
     cut: Annotated[int, Ge(0)] | None = None
     interval: Annotated[int, Ge(2)] | None = None
     schedule: ScheduleName | None = None
@@ -99,6 +117,13 @@ class Cache(Pass):
 
         if self.method not in METHODS:
             raise RefusedError(f"method: {unknown(self.method, 'a caching method', METHODS)}")
+        if self.optimize is not None:
+            if given := next(iter(self._given()), None):
+                raise RefusedError(
+                    f"{given}: is a method's option; optimize searches a plan itself, so give one or none"
+                )
+            if (self.optimize.latency_ratio is None) == (self.optimize.psnr_db is None):
+                raise RefusedError("optimize: give latency_ratio or psnr_db, and not both")
         own = METHODS[self.method].options
         for key in self._given():
             if key not in own:
@@ -110,7 +135,7 @@ class Cache(Pass):
 
     def _given(self) -> dict[str, Any]:
         """The options that are set."""
-        names = [column.name for column in fields(self) if column.name != "method"]
+        names = [column.name for column in fields(self) if column.name not in ("method", "optimize")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
@@ -125,7 +150,7 @@ class Cache(Pass):
         """Whether calibration decides which calls are full."""
         from compress.caching.methods import METHODS
 
-        return METHODS[self.method].calibrated(self.options)
+        return self.optimize is not None or METHODS[self.method].calibrated(self.options)
 
     @override
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
@@ -133,6 +158,14 @@ class Cache(Pass):
 
         job = self._job(model)
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.denoiser.parameters())
+        if self.optimize is not None:
+            from compress.optimise.optimise import candidate_cuts
+
+            cuts = ", ".join(map(str, candidate_cuts(model)))
+            why = (
+                f"searched on this machine over cuts {cuts}, about {self.optimize.seconds:.0f} s once they are exported"
+            )
+            return [Edit(self.name, "denoiser", "optimize", size, size, why)]
         if self.calibrated:
             layout = self._refusing(METHODS[self.method].layout, job)
             why = f"{self.method}{_costs(model, layout)}; which calls take it is decided by calibration"
@@ -151,6 +184,12 @@ class Cache(Pass):
         from compress.caching.methods import METHODS
 
         job, method = self._job(model), METHODS[self.method]
+        if self.optimize is not None:
+            from compress.optimise.optimise import Budget, optimise
+
+            budget = Budget(self.optimize.latency_ratio, self.optimize.psnr_db, self.optimize.seconds)
+            model.layout, model.step_plan = optimise(model, budget, context)
+            return
         if method.recorder is not None and self.calibrated:
             from compress.caching.statistics import collect
 
@@ -175,7 +214,9 @@ class Cache(Pass):
         reading = {row: path for row, path in planned.items() if path != "unguided"}
         if not self.calibrated and found != reading:
             raise PassError(f"{len(found)} network calls read from slots, but {len(reading)} were planned")
-        if self.calibrated and not found:
+        if self.optimize is not None and "optimised" not in plan.key:
+            raise PassError("no plan was searched")
+        if self.calibrated and not found and self.optimize is None:
             raise PassError(f"the method {self.method} cached no network call")
         unguided = [row for row, path in planned.items() if path == "unguided"]
         if any(plan.steps[int(row.removeprefix("step "))].guidance != "none" for row in unguided):
