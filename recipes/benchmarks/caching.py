@@ -26,7 +26,7 @@ from compress.measure.environment import environment
 from compress.measure.scorer import Scorer
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.passes.base import PassContext
-from compress.passes.cache import Cache
+from compress.passes.cache import Cache, Optimize
 from compress.prompts import Prompt, read_prompts
 from compress.sampler import compile_sampler
 from compress.schedulers import completed
@@ -178,7 +178,7 @@ class Bench:
             return model
         fields = PRESETS[run.model].get(entry)
         if fields is None:
-            fields = {"optimize": {"latency_ratio": float(entry.removeprefix("optimised "))}}
+            fields = {"optimize": Optimize(latency_ratio=float(entry.removeprefix("optimised ")))}
         step = Cache(**fields)
         edits = step.plan(model, self.context.targets)
         step.apply(model, edits, self.context)
