@@ -66,7 +66,7 @@ def _seconds_a_picture(recipe: Recipe, model: LatentDiffusion) -> float:
     """Seconds of float32 network calls for one picture in a batch; the better of two after a warm-up."""
     plan = model.step_plan
     calls = recipe.sampler.steps if plan is None else plan.network_calls
-    halves = 2 if plan is not None and any(step.guidance == "cfg" for step in plan.steps) else 1
+    halves = 2 if plan is not None and any(step.guidance != "none" for step in plan.steps) else 1
     batch = 1 if recipe.evaluate is None else recipe.evaluate.batch
     factor = int(model.latent["downscale"])
     inputs = model.family.example_inputs(

@@ -350,10 +350,22 @@ def _costs(
     }
 
 
+def _at_the_same_points(subject: Subject) -> LatentDiffusion:
+    """The original; where a pass chose other sampler points, the original at those, every call full."""
+    before, after = subject.original.step_plan, subject.compressed.step_plan
+    if before is None or after is None or [step.t for step in before.steps] == [step.t for step in after.steps]:
+        return subject.original
+    steps = tuple(
+        replace(step, path=before.full_path, read={}, write=(), span=1, gated=False, initial=0.0)
+        for step in after.steps
+    )
+    return replace(subject.original, step_plan=replace(before, steps=steps, starts={}))
+
+
 def _curves(subject: Subject, picked: str, workload: Workload, progress: Progress) -> tuple[Curve, ...]:
-    """Per-step error of the compressed, exported and built model against the original."""
+    """Per-step error of the compressed, exported and built model against the original at the same sampler points."""
     few = workload.first(TRACED)
-    reference = quality.trace(subject.original.runtime(simulate=False), few)
+    reference = quality.trace(_at_the_same_points(subject).runtime(simulate=False), few)
     stages: dict[str, Callable[[], Runtime]] = {
         "compressed": partial(subject.compressed.runtime, True, _dialect(subject, picked)),
         "exported": partial(_reference_runtime, subject.folder, picked),

@@ -20,6 +20,7 @@ from compress.recipe.schema import Recipe
 from compress.report.report import Report
 from export.engine import Engine
 from export.manifest import read_manifest
+from export.step_plan import StepPlan
 
 ROOT = Path(__file__).parent.parent
 TOYS = {
@@ -98,6 +99,18 @@ def test_a_recipe_becomes_an_examined_engine(
     assert "calibrate" not in done  # the passes came from the store
     assert again.engine is not None
     assert read_manifest(again.engine).engine_hash == first
+
+
+def test_a_searched_plan_is_examined_at_its_own_points(recipe_file: Callable[[str], Path], tmp_path: Path) -> None:
+    """`optimize` may take fewer steps than the recipe: the report still compares step by step."""
+    overrides = ["passes=[{cache: {optimize: {latency_ratio: 0.6, seconds: 1.0}}}]", "sampler.steps=6"]
+    overrides += ["sampler.scheduler=DPMSolverMultistepScheduler", "sampler.options={algorithm_type: dpmsolver++}"]
+    outcome = compiler.run(Recipe.load(recipe_file("unet"), overrides), work_dir=tmp_path / "work")
+    assert outcome.engine is not None
+    plan = StepPlan.from_json((outcome.engine / "step_plan.json").read_text())
+    assert plan.key["optimised"]["chosen"]["calls"] == plan.network_calls
+    report = Report.from_json((outcome.engine / "report.json").read_text())
+    assert {len(curve.psnr_db) for curve in report.curves} == {plan.network_calls}
 
 
 def test_a_gate_that_is_not_met_keeps_the_engine_apart(recipe_file: Callable[[str], Path], tmp_path: Path) -> None:

@@ -186,7 +186,9 @@ def trace(stage: Runtime, workload: Workload, given: Trace | None = None) -> Tra
 
     def keep(row: int, after: np.ndarray, tensors: dict[str, np.ndarray]) -> None:
         step, raw, n = plan.steps[row], tensors[plan.output], len(seeds)
-        guided = raw[:n] + np.float32(step.guidance_scale) * (raw[n:] - raw[:n]) if step.guidance == "cfg" else raw[-n:]
+        guided = (
+            raw[:n] + np.float32(step.guidance_scale) * (raw[n:] - raw[:n]) if step.guidance != "none" else raw[-n:]
+        )
         latents.append(after)
         outputs.append(guided)
 

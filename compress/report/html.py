@@ -313,7 +313,7 @@ def _strip(report: Report) -> dict[str, Any]:
             f"; reads {slot} x ({', '.join(f'{alpha:g}' for alpha in alphas)})" for slot, alphas in row.reads.items()
         )
         writes = f"; writes {', '.join(row.writes)}" if row.writes else ""
-        guidance = "guided" if row.guidance == "cfg" else "no guidance"
+        guidance = "guided" if row.guidance != "none" else "no guidance"
         share = len(report.plan.paths[row.path]) / longest
         cells.append(
             {
@@ -322,7 +322,7 @@ def _strip(report: Report) -> dict[str, Any]:
                 "full": share == 1.0,
                 "hint": f"call {k + 1}, t = {row.t:g}: {row.path} path, {guidance}{reads}{writes}",
                 "forecast": any(len(alphas) > 1 for alphas in row.reads.values()),
-                "unguided": row.guidance != "cfg",
+                "unguided": row.guidance == "none",
             }
         )
     counts = {name: sum(row.path == name for row in report.plan.rows) for name in report.plan.paths}

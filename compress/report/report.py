@@ -229,7 +229,7 @@ class Plan(_Plain):
     def of(cls, plan: StepPlan) -> Plan:
         """Take from a step plan what the report draws."""
         scale = plan.key.get("guidance_scale")
-        guided = any(step.guidance == "cfg" for step in plan.steps)
+        guided = any(step.guidance != "none" for step in plan.steps)
         return cls(
             sampler=str(plan.key.get("scheduler", "")),
             steps=int(plan.key.get("steps", plan.network_calls)),
