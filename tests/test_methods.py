@@ -23,6 +23,8 @@ from tests.tiny_engine import sampled
 
 STEPS = 12
 REFUSED = {
+    ("low-resolution-start", "dit"),
+    ("low-resolution-start", "pixart"),
     ("encoder-propagation", "sd3"),
     ("encoder-propagation", "dit"),
     ("encoder-propagation", "pixart"),
@@ -87,9 +89,7 @@ def test_contract(models: Callable[[str], LatentDiffusion], method: str, family:
     assert plan is not None
     assert np.abs(sample(changed) - original).max() > 1e-6
     full = [
-        replace(
-            new, path="full", read={}, span=1, initial=0.0, guidance=old.guidance, guidance_scale=old.guidance_scale
-        )
+        replace(old, path="full", write=new.write if new.path == "full" else ())
         for old, new in zip(model.step_plan.steps, plan.steps, strict=True)  # type: ignore[union-attr]
     ]
     uncached = replace(changed, step_plan=replace(plan, steps=tuple(full)))
@@ -214,6 +214,18 @@ def test_spans_break_where_rows_differ() -> None:
     step = Step(t=1.0, x={0: 1.0}, m={0: 1.0}, path="d", read={"a": (1.0,)})
     full, other = replace(step, path="full", read={}), replace(step, guidance="cfg")
     assert [row.span for row in spans([full, step, step, other, full, step], "d")] == [1, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("family", ["unet", "sd3"])
+def test_a_low_resolution_start_rises_once(models: Callable[[str], LatentDiffusion], family: str) -> None:
+    """A third of the calls see half the height and width; then the clean estimate is enlarged and made noisy again."""
+    shapes: list[tuple[int, ...]] = []
+    model = cached(models(family), "low-resolution-start", level=0.5, share=1 / 3)
+    latents = model.runtime().sample(
+        prompts(family), [5, 6], 2 * tiny.SIDE, 2 * tiny.SIDE, on_step=lambda _row, after, _: shapes.append(after.shape)
+    )
+    assert [shape[-1] for shape in shapes] == [tiny.SIDE // 2] * 4 + [tiny.SIDE] * 8
+    assert latents.shape[-2:] == (tiny.SIDE, tiny.SIDE)
 
 
 def test_calibration_needs_prompts(models: Callable[[str], LatentDiffusion]) -> None:

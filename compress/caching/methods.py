@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.caching import block_methods, feature_methods, guidance_methods, sublayer_methods
+from compress.caching import block_methods, feature_methods, guidance_methods, level_methods, sublayer_methods
 from compress.caching.method import Method
 
 METHODS: dict[str, Method] = {
@@ -21,4 +21,5 @@ METHODS: dict[str, Method] = {
     "pab": sublayer_methods.PAB,
     "t-gate": sublayer_methods.T_GATE,
     "guidance-interval": guidance_methods.GUIDANCE_INTERVAL,
+    "low-resolution-start": level_methods.LOW_RESOLUTION_START,
 }

@@ -185,6 +185,13 @@ def checked_shapes(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> dict[
             raise RefusedError(
                 f"shapes.{name}: a {model.family.name} denoiser has one size; give one value, not a range"
             )
+    level = 1.0 if model.step_plan is None else min(row.level for row in model.step_plan.steps)
+    for name in ("height", "width"):
+        if level < 1.0 and shapes[name][1] * level < shapes[name][0]:
+            low, best, high = round(shapes[name][1] * level), *shapes[name][1:]
+            raise RefusedError(
+                f"shapes.{name}: the plan begins at {low} pixels, which lie outside: write [{low}, {best}, {high}]"
+            )
     encoders = model.conditioning.get("encoders") or [{"max_length": 1}]
     length = int(encoders[0]["max_length"])
     low, best, high = shapes.get("prompt_tokens") or (length, length, length)

@@ -70,6 +70,7 @@ class Cache(Pass):
         cross_interval, timesteps: of PAB: the interval of cross-attention, and between which timesteps it caches.
         gate_share, later_interval: of T-GATE: the share of calls with cross-attention, and the interval of
             self-attention after them.
+        level, share: of a low-resolution start: the share of height and width, and of the calls that run at it.
         sigma: of the guidance interval: noise over signal, (low, high], where guidance is on.
     """
 
@@ -105,6 +106,8 @@ class Cache(Pass):
     timesteps: list[float] | None = None
     gate_share: Annotated[float, Interval(gt=0.0, le=1.0)] | None = None
     later_interval: Annotated[int, Ge(1)] | None = None
+    level: Annotated[float, Interval(gt=0.0, lt=1.0)] | None = None
+    share: Annotated[float, Interval(gt=0.0, lt=1.0)] | None = None
     sigma: list[float] | None = None
 
     def __post_init__(self) -> None:
@@ -175,6 +178,8 @@ class Cache(Pass):
         for row, (before, after) in enumerate(zip(job.plan.steps, cached.steps, strict=True)):
             if after.read:
                 edits.append(Edit(self.name, f"step {row}", after.path, 0, 0, _reads(after.read)))
+            elif after.level != before.level:
+                edits.append(Edit(self.name, f"step {row}", "smaller", 0, 0, f"runs at {after.level:g} of the size"))
             elif after.guidance != before.guidance:
                 edits.append(Edit(self.name, f"step {row}", "unguided", 0, 0, "runs the conditional half alone"))
         return edits
@@ -211,7 +216,7 @@ class Cache(Pass):
             raise PassError("the step plan names other segments than the model has")
         found = {f"step {row}": step.path for row, step in enumerate(plan.steps) if step.read}
         planned = {edit.module: edit.action for edit in edits if edit.module.startswith("step ")}
-        reading = {row: path for row, path in planned.items() if path != "unguided"}
+        reading = {row: path for row, path in planned.items() if path not in ("unguided", "smaller")}
         if not self.calibrated and found != reading:
             raise PassError(f"{len(found)} network calls read from slots, but {len(reading)} were planned")
         if self.optimize is not None and "optimised" not in plan.key:
@@ -221,6 +226,9 @@ class Cache(Pass):
         unguided = [row for row, path in planned.items() if path == "unguided"]
         if any(plan.steps[int(row.removeprefix("step "))].guidance != "none" for row in unguided):
             raise PassError("a network call that was to run without guidance is guided")
+        smaller = {f"step {row}" for row, step in enumerate(plan.steps) if step.level < 1.0}
+        if smaller != {row for row, path in planned.items() if path == "smaller"}:
+            raise PassError(f"{len(smaller)} network calls run at a smaller size, but others were planned")
         try:
             plan.validate(model.family.inputs(model.denoiser))
         except StepPlanError as error:
@@ -241,6 +249,9 @@ class Cache(Pass):
         calls = len(cached.steps)
         taken = Counter(step.path for step in cached.steps if step.read)
         if cached.layout is None:
+            smaller = sum(step.level < 1.0 for step in cached.steps)
+            if smaller:
+                return f"{self.method}: {smaller} of {calls} calls run at {cached.steps[0].level:g} of the size"
             unguided = sum(step.guidance == "none" for step in cached.steps)
             return f"{self.method}: {unguided} of {calls} calls run the conditional half alone"
         costs = model.family.path_costs(model.denoiser, cached.layout)
