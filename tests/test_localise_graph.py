@@ -20,7 +20,7 @@ from export.target import TARGETS
 from tests.tiny_engine import SIDE, build, tiny_model
 
 FAULT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_v"
-SEGMENT = "deep"
+SEGMENT = "down_2-up_2"
 Built = Callable[[bool], tuple[LatentDiffusion, Path]]
 
 
