@@ -2,81 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from recipes.benchmarks.tables import README, RESULTS, newest, table
 
-__all__ = ["BEGIN", "END", "README", "RESULTS", "document", "markdown", "short", "with_tables"]
+__all__ = ["BEGIN", "END", "README", "RESULTS", "TARGET", "document", "markdown", "short", "with_tables"]
 
 BEGIN, END = "<!-- caching: begin -->", "<!-- caching: end -->"
-HEADS = (
-    "ms",
-    "ratio",
-    "latent PSNR, dB",
+TARGET = "openvino-cpu"
+SHORT_HEADS = (
+    "faster",
+    "latent PSNR, dB (95 %)",
     "fewer steps at equal latency, dB",
     "Frechet (95 %)",
     "attributes right, %",
-    "change, points",
+)
+HEADS = (
+    "ms (quartiles)",
+    "faster",
+    "faster, prompt to picture",
+    "faster, by MACs",
+    "latent PSNR, dB (95 %)",
+    "pooled, dB",
+    "fewer steps at equal latency, dB",
+    "image PSNR, dB",
+    "Frechet (95 %)",
+    "attributes right, % (95 %)",
+    "change, points (95 %)",
+    "calls full + cached",
+    "plan",
 )
 DEFAULTS = {"unet": "DPMSolverMultistepScheduler", "mmdit": "FlowMatchEulerDiscreteScheduler"}
 SHORT_STEPS = 50
 _NOTHING = "-"
 
+Row = Mapping[str, Any]
 
-def groups(report: Mapping[str, Any]) -> dict[tuple[str, str, int], list[Mapping[str, Any]]]:
-    """(model, sampler, steps) -> its rows, in the order of the report."""
-    found: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+
+def groups(report: Row) -> dict[tuple[str, str, int, str], list[Row]]:
+    """(model, sampler, steps, target) -> its rows, in the order of the report."""
+    found: dict[tuple[str, str, int, str], list[Row]] = {}
     for row in report["entries"]:
-        found.setdefault((row["model"], row["sampler"], row["steps"]), []).append(row)
+        name = row["model"], row["sampler"], row["steps"], row.get("target", report["target"])
+        found.setdefault(name, []).append(row)
     return found
 
 
-def fewer_steps_db(ms: float, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Decibels that fewer steps reach in `ms`, on the line between the two neighbours; None outside their range.
+def shown(report: Row) -> Iterator[tuple[str, list[Row]]]:
+    """What README.md shows: the models' own samplers at 50 steps, each with its title."""
+    for (model, sampler, steps, target), rows in groups(report).items():
+        if steps == SHORT_STEPS and DEFAULTS.get(model) == sampler and target == TARGET:
+            yield f"{model}, {sampler}, {steps} steps", rows
 
-    Args:
-        ms: of the network loop.
-        rows: of one (model, sampler, steps).
-    """
-    points = sorted(
+
+def _few(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """(ms, dB) of the runs with fewer steps, fastest first."""
+    return sorted(
         (row["ms"], row["latent_psnr_db"]["value"])
         for row in rows
         if row["entry"].endswith(" steps") and "ms" in row and "latent_psnr_db" in row
     )
-    for (low, under), (high, over) in pairwise(points):
+
+
+def fewer_steps_db(ms: float, rows: Sequence[Row]) -> float | None:
+    """Decibels that fewer steps reach in `ms`, on the line between the two neighbours; None outside their range.
+
+    Args:
+        ms: of the denoising loop.
+        rows: of one (model, sampler, steps).
+    """
+    for (low, under), (high, over) in pairwise(_few(rows)):
         if low <= ms <= high:
             return under if high == low else under + (over - under) * (ms - low) / (high - low)
     return None
 
 
-def group_table(title: str, rows: Sequence[Mapping[str, Any]], short: bool = False) -> str:
+def _equal(row: Row, rows: Sequence[Row]) -> str:
+    """What fewer steps reach in the time of a preset, bounded by the nearest run where it lies outside them."""
+    points = _few(rows)
+    if row["entry"] == "full" or row["entry"].endswith(" steps") or "ms" not in row or not points:
+        return _NOTHING
+    found = fewer_steps_db(row["ms"], rows)
+    if found is not None:
+        return f"{found:.1f}"
+    return f"< {points[0][1]:.1f}" if row["ms"] < points[0][0] else f"> {points[-1][1]:.1f}"
+
+
+def group_table(title: str, rows: Sequence[Row], short: bool = False) -> str:
     """One (model, sampler, steps): every entry; what was refused is left out of the short table."""
+    heads = SHORT_HEADS if short else HEADS
+    full = next((row for row in rows if row["entry"] == "full"), {})
     lines = []
     for row in rows:
-        if "refused" in row:
-            if not short:
-                lines.append([row["entry"], *[_NOTHING] * len(HEADS)])
-            continue
-        preset = not (row["entry"] == "full" or row["entry"].endswith(" steps"))
-        equal = fewer_steps_db(row["ms"], rows) if preset and "ms" in row else None
-        lines.append(
-            [
-                row["entry"],
-                f"{row['ms']:.1f}" if "ms" in row else _NOTHING,
-                f"{row['ratio']:.1f}x" if "ratio" in row else _NOTHING,
-                _value(row, "latent_psnr_db", "{:.1f}"),
-                _NOTHING if equal is None else f"{equal:.1f}",
-                _value(row, "frechet", "{:.2f}", interval=True),
-                _value(row, "attributes", "{:.1f}", factor=100.0),
-                _value(row, "change_points", "{:+.1f}", interval=True),
-            ]
-        )
-    return table([title, *HEADS], lines)
+        if "refused" not in row:
+            lines.append([row["entry"], *(_brief(row, rows) if short else _whole(row, rows, full))])
+        elif not short:
+            lines.append([row["entry"], *[_NOTHING] * len(heads)])
+    return table([title, *heads], lines)
 
 
-def _value(row: Mapping[str, Any], key: str, form: str, *, interval: bool = False, factor: float = 1.0) -> str:
+def _brief(row: Row, rows: Sequence[Row]) -> list[str]:
+    return [
+        _plain(row, "ratio", "{:.2f}x"),
+        _value(row, "latent_psnr_db", "{:.1f}"),
+        _equal(row, rows),
+        _value(row, "frechet", "{:.2f}"),
+        _value(row, "attributes", "{:.1f}", factor=100.0, interval=False),
+    ]
+
+
+def _whole(row: Row, rows: Sequence[Row], full: Row) -> list[str]:
+    spread = "" if "ms_quartiles" not in row else " ({:.1f} to {:.1f})".format(*row["ms_quartiles"])
+    return [
+        _plain(row, "ms", "{:.1f}") + spread,
+        _plain(row, "ratio", "{:.2f}x"),
+        _plain(row, "whole_ratio", "{:.2f}x"),
+        f"{full['cost'] / row['cost']:.2f}x" if "cost" in row and "cost" in full else _NOTHING,
+        _value(row, "latent_psnr_db", "{:.1f}"),
+        _plain(row, "pooled_psnr_db", "{:.1f}"),
+        _equal(row, rows),
+        _value(row, "image_psnr_db", "{:.1f}", interval=False),
+        _value(row, "frechet", "{:.2f}"),
+        _value(row, "attributes", "{:.1f}", factor=100.0),
+        _value(row, "change_points", "{:+.1f}"),
+        f"{row['full_calls']} + {row['cached_calls']}" if "cached_calls" in row else _NOTHING,
+        f"`{row['strip']}`" if "strip" in row else _NOTHING,
+    ]
+
+
+def _plain(row: Row, key: str, form: str) -> str:
+    return form.format(row[key]) if key in row else _NOTHING
+
+
+def _value(row: Row, key: str, form: str, *, interval: bool = True, factor: float = 1.0) -> str:
     """A number, perhaps with its interval; `-` where it was not measured."""
     found = row.get(key)
     if found is None:
@@ -88,11 +148,11 @@ def _value(row: Mapping[str, Any], key: str, form: str, *, interval: bool = Fals
     return f"{said} ({low} to {high})"
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def markdown(report: Row) -> str:
     """A table per model, sampler and number of steps, and below it why presets were refused."""
     parts = []
-    for (model, sampler, steps), rows in groups(report).items():
-        parts.append(f"## {model}, {sampler}, {steps} steps")
+    for (model, sampler, steps, target), rows in groups(report).items():
+        parts.append(f"## {model}, {sampler}, {steps} steps" + (f", {target}" if target != TARGET else ""))
         parts.append(group_table("preset", rows))
         refused = [f"- {row['entry']}: {row['refused']}" for row in rows if "refused" in row]
         if refused:
@@ -100,36 +160,70 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def short(report: Mapping[str, Any]) -> str:
-    """The tables of README.md: the models' own samplers at 50 steps."""
-    parts = [
-        group_table(f"{model}, {sampler}, {steps} steps", rows, short=True)
-        for (model, sampler, steps), rows in groups(report).items()
-        if steps == SHORT_STEPS and DEFAULTS.get(model) == sampler
+def interaction(report: Row) -> str:
+    """The table of int8 with caching: each alone, both, and what the two alone promise; empty where not measured."""
+    lines = []
+    for found in report.get("interaction", []):
+        title = f"{found['model']}, {found['steps']} steps"
+        for name, row in found["rows"].items():
+            lines.append([title, f"{found['scheme']} and {found['entry']}" if name == "both" else name, *_four(row)])
+        promised = found["expected"]
+        row = {key: {"value": promised[key], "interval": None} for key in ("latent_psnr_db", "change_points")}
+        lines.append([title, "both, as promised by each alone", *_four({**promised, **row})])
+    heads = [
+        "model",
+        "passes",
+        "faster",
+        "faster, prompt to picture",
+        "latent PSNR, dB (95 %)",
+        "change, points (95 %)",
     ]
+    return table(heads, lines) if lines else ""
+
+
+def _four(row: Row) -> list[str]:
+    return [
+        _plain(row, "ratio", "{:.2f}x"),
+        _plain(row, "whole_ratio", "{:.2f}x"),
+        _value(row, "latent_psnr_db", "{:.1f}"),
+        _value(row, "change_points", "{:+.1f}"),
+    ]
+
+
+def short(report: Row) -> str:
+    """The tables of README.md: the models' own samplers at 50 steps."""
+    parts = [group_table(title, rows, short=True) for title, rows in shown(report)]
     return "\n\n".join([*parts, evidence(report)])
 
 
-def evidence(report: Mapping[str, Any]) -> str:
+def evidence(report: Row) -> str:
     """How, where and when the numbers were measured."""
-    dates = sorted({row["date"] for row in report["entries"]})
-    samples = sorted({row["samples"] for row in report["entries"]})
-    when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else report["date"]
-    count = " or ".join(map(str, samples))
+    rows = report["entries"]
+    dates = sorted({row["date"] for row in rows} | {row["timed"] for row in rows if "timed" in row}) or [report["date"]]
+    count = " or ".join(map(str, sorted({row["samples"] for row in rows})))
+    machine = ", ".join(sorted({row.get("processor", report["environment"]["processor"]) for row in rows}))
+    targets = ", ".join(sorted({row.get("target", report["target"]) for row in rows}))
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     return (
-        f"Measured on {report['environment']['processor']}, {when}, {report['target']}. Times are those of the "
-        "denoising loop alone: one picture, one thread, medians of interleaved runs. Quality is that of "
-        f"{count} held-out prompts, against the full run from the same noise. Fewer steps at equal latency: what the "
-        "same sampler reaches in as many milliseconds with fewer steps, interpolated between the two nearest."
+        f"Measured on {machine}, {when}, {targets}. Times are those of the denoising loop: one picture, one thread, "
+        f"medians of interleaved runs. Quality is that of {count} held-out prompts, against the full run from the same "
+        "noise; PSNR is the mean over samples. Fewer steps at equal latency: what the same sampler reaches in as many "
+        "milliseconds with fewer steps, interpolated between the two nearest."
     )
 
 
-def document(report: Mapping[str, Any]) -> str:
+def document(report: Row) -> str:
     """The whole of results/caching.md."""
-    return f"# Caching against fewer steps\n\n{evidence(report)}\n\n{markdown(report)}\n"
+    both = interaction(report)
+    more = f"\n\n## With int8\n\n{both}" if both else ""
+    legend = (
+        "Plans: a letter a network call: F full, f full without guidance, c cached (1, 2, ... where there are several "
+        "cached paths), s at a smaller size. Pooled: the PSNR of the mean squared error of all samples."
+    )
+    return f"# Caching against fewer steps\n\n{evidence(report)} {legend}\n\n{markdown(report)}{more}\n"
 
 
-def with_tables(text: str, report: Mapping[str, Any] | None = None) -> str:
+def with_tables(text: str, report: Row | None = None) -> str:
     """The text with the tables between its marks replaced; a text without marks stays as it is.
 
     Args:

@@ -1,0 +1,229 @@
+"""The models, prompts and engines that all entries of the caching benchmark share."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.engine.export_engine import export_engine
+from compress.guidance import place_guidance
+from compress.measure.scorer import Scorer
+from compress.model.latent_diffusion import LatentDiffusion, load
+from compress.passes.base import PassContext
+from compress.passes.cache import Cache, Optimize
+from compress.prompts import Prompt, check_disjoint, read_prompts
+from compress.sampler import compile_sampler
+from compress.schedulers import completed
+from compress.store import Store, versions
+from export.engine import Engine
+from export.manifest import read_manifest
+from export.runtime import Runtime
+from export.step_plan import Segment, StepPlan
+from export.target import target
+from recipes.benchmarks.caching.presets import PRESETS, SAMPLERS, Run, budget_of, steps_of
+from recipes.benchmarks.caching.results import Kept, key
+
+ROOT = Path(__file__).parent.parent.parent.parent
+REFERENCE = ROOT / "recipes" / "reference"
+SIDE, BATCH, THREADS = 64, 16, 2
+GUIDANCE = 3.0
+FIRST_SEED = 2**32
+CALIBRATION = 32
+
+
+@dataclass
+class Bench:
+    """What all runs share.
+
+    Attributes:
+        kept: where results, engines and float graphs lie; engines are taken again for the same model and layout, so
+            delete `engines/` after a change of how graphs are exported.
+        target: the row of `export/target.py` that is measured.
+        models: by name, without a sampler.
+        prompts: held out, one per sample; where there are more samples, the prompts are taken again with other seeds.
+        scorer: reads attributes and features.
+        context: of the passes; their prompts and seeds are disjoint from those of the samples.
+        engines: folders opened with `THREADS` threads.
+    """
+
+    kept: Kept
+    target: str
+    models: dict[str, LatentDiffusion]
+    prompts: Sequence[Prompt]
+    scorer: Scorer
+    context: PassContext
+    engines: dict[Path, Runtime] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kept: Kept, name: str, models: Sequence[str], samples: int) -> Bench:
+        """Load everything."""
+        file = REFERENCE / "prompts" / "heldout.jsonl"
+        held_out = read_prompts(file, min(samples, sum(1 for _ in file.open(encoding="utf-8"))))
+        calibration = read_prompts(REFERENCE / "prompts" / "calibration.jsonl", CALIBRATION)
+        check_disjoint(calibration, held_out)
+        texts = [one.text for one in calibration]
+        return cls(
+            kept,
+            name,
+            {model: load(REFERENCE / model) for model in models},
+            [held_out[at % len(held_out)] for at in range(samples)],
+            Scorer(REFERENCE / "recogniser", THREADS),
+            PassContext(texts, 0, SIDE, SIDE, targets=[target(name)], store=Store(kept.root / "store")),
+        )
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """Of the models."""
+        return {name: model.hash() for name, model in self.models.items()}
+
+    def inputs(self, run: Run, entry: str, against: str | None) -> str:
+        """The key of all that a result depends on, but for the code.
+
+        Args:
+            run: the sampler of a model.
+            entry: one of its entries.
+            against: the plan of the full run it is compared with; None for that run itself.
+        """
+        asked = {
+            "model": self.hashes[run.model],
+            "sampler": [run.sampler, SAMPLERS[run.model][run.sampler], run.steps, GUIDANCE],
+            "entry": PRESETS[run.model].get(entry, entry),
+            "target": self.target,
+            "samples": [len(self.prompts), FIRST_SEED, [prompt.text for prompt in self.prompts]],
+            "calibration": [list(self.context.prompts), self.context.seed],
+            "scorer": self.scorer.sha256,
+            "against": against,
+        }
+        if budget_of(entry) is not None:
+            asked["search"] = _sources_of(ROOT / "compress" / "optimise")
+        return key(asked)
+
+    def prepared(self, run: Run, entry: str) -> LatentDiffusion:
+        """The model with the entry's step plan and layout.
+
+        Raises:
+            RefusedError: the model, the sampler or the number of steps cannot take it.
+            PassError: the pass does not give what it promised.
+        """
+        count, budget = steps_of(entry), budget_of(entry)
+        model = sampled(self.models[run.model].clone(), run, count or run.steps)
+        if entry == "full" or count is not None:
+            return model
+        step = Cache(**PRESETS[run.model][entry] if budget is None else {"optimize": Optimize(latency_ratio=budget)})
+        edits = step.plan(model, self.context.targets)
+        step.apply(model, edits, self.context)
+        step.check(model, edits)
+        return model
+
+    def engine(self, model: LatentDiffusion, name: str, part: Any = None) -> Path:
+        """The folder of an engine with the model's layout, exported unless it is there.
+
+        Args:
+            model: with its step plan.
+            name: of the model.
+            part: what else the engine depends on.
+
+        Raises:
+            RefusedError: the plan runs at sizes the model cannot take.
+        """
+        layout = None if model.layout is None else model.layout.to_dict()
+        least = round(SIDE * min(step.level for step in planned(model).steps))
+        named = layout if least == SIDE and part is None else [layout, least, part]
+        folder = self.kept.root / "engines" / name / key(named)
+        if folder.exists():
+            manifest = read_manifest(folder)
+            if manifest.provenance["model"] == model.hash() and self.target in manifest.targets:
+                return folder
+            shutil.rmtree(folder)
+        making = folder.with_name(f"{folder.name}.{os.getpid()}")
+        shutil.rmtree(making, ignore_errors=True)
+        sizes = {"batch": (1, 1, 2 * BATCH), "height": (least, SIDE, SIDE), "width": (least, SIDE, SIDE)}
+        export_engine(model, self.context.targets, sizes, making, store=self.context.store)
+        making.rename(folder)
+        return folder
+
+    def runtime(self, folder: Path, plan: StepPlan) -> Runtime:
+        """An opened engine over another plan."""
+        if folder not in self.engines:
+            self.engines[folder] = Engine.open(folder, self.target, THREADS).runtime
+        return self.engines[folder].altered(plan=plan)
+
+    def latents(self, runtime: Runtime) -> np.ndarray:
+        """What a plan makes of the held-out prompts, float32 (samples, channels, h, w)."""
+        made = []
+        for first in range(0, len(self.prompts), BATCH):
+            texts = [prompt.text for prompt in self.prompts[first : first + BATCH]]
+            made.append(runtime.sample(texts, [FIRST_SEED + first + at for at in range(len(texts))], SIDE, SIDE))
+        return np.concatenate(made)
+
+    def pictures(self, runtime: Runtime, latents: np.ndarray) -> np.ndarray:
+        """Decoded latents, uint8 (samples, height, width, 3)."""
+        return np.concatenate([runtime.decode(latents[at : at + BATCH]) for at in range(0, len(latents), BATCH)])
+
+    def speed(self, name: str) -> tuple[float, float]:
+        """Milliseconds that a full guided network call, and decoding and scoring, take a sample here, in batches."""
+        run = Run(name, next(iter(SAMPLERS[name])), 4)
+        model = self.prepared(run, "full")
+        runtime = self.runtime(self.engine(model, name), planned(model))
+        texts, seeds = ["a circle"] * BATCH, list(range(BATCH))
+        runtime.decode(runtime.sample(texts, seeds, SIDE, SIDE))
+        began = time.perf_counter()
+        latents = runtime.sample(texts, seeds, SIDE, SIDE)
+        sampled_at = time.perf_counter()
+        self.scorer.score(runtime.decode(latents))
+        parts = sampled_at - began, time.perf_counter() - sampled_at
+        return 1e3 * parts[0] / BATCH / planned(model).network_calls, 1e3 * parts[1] / BATCH
+
+
+def planned(model: LatentDiffusion) -> StepPlan:
+    """The step plan that a prepared model has."""
+    if model.step_plan is None:
+        raise ValueError("the model has no step plan")
+    return model.step_plan
+
+
+def plan_key(model: LatentDiffusion) -> str:
+    """The key of a plan over a layout: what pictures and times depend on."""
+    layout = None if model.layout is None else model.layout.to_dict()
+    return key([layout, json.loads(planned(model).to_json())])
+
+
+def sources() -> str:
+    """The hash of the code that plans and runs."""
+    return versions()["sources"]
+
+
+def _sources_of(folder: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()
+
+
+def sampled(model: LatentDiffusion, run: Run, steps: int) -> LatentDiffusion:
+    """The model with the step plan of a guided sampler.
+
+    Raises:
+        RefusedError: the scheduler takes no such number of steps.
+    """
+    segments, paths, slots = model.family.segments(model.denoiser, model.layout)
+    side = SIDE // model.latent["downscale"]
+    told: Mapping[str, Any] = model.family.sampler_options(model.denoiser, side, side)
+    model.step_plan = compile_sampler(
+        run.sampler,
+        model.scheduler_config,
+        steps,
+        place_guidance(model, GUIDANCE),
+        segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
+        paths=paths,
+        slots=slots,
+        options=completed(run.sampler, model.scheduler_config, SAMPLERS[run.model][run.sampler], told),
+    )
+    return model
