@@ -19,8 +19,7 @@ TICKS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20
 
 def draw(report: Mapping[str, Any], file: Path) -> bool:
     """Write a picture of the models' own samplers at most steps measured; False where there is nothing to draw."""
-    panels = list(caching_tables.shown(report))
-    panels = [(title, points) for title, rows in panels if (points := _points(rows))]
+    panels = [(title, points) for title, rows in caching_tables.shown(report) if (points := _points(rows))]
     if not panels:
         return False
     sheet = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), "white")
@@ -54,9 +53,9 @@ def panel(title: str, points: Sequence[tuple[str, float, float]]) -> Image.Image
         return x, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (db - low) / (high - low)
 
     pen.text((LEFT, 14), title, INK, font)
-    for db in range(low, high + 1, 5):
-        pen.line([at(0.9, db), at(1.05 * fastest, db)], PALE)
-        pen.text((LEFT - 8, at(1, db)[1]), f"{db}", INK, small, anchor="rm")
+    for mark in range(low, high + 1, 5):
+        pen.line([at(0.9, mark), at(1.05 * fastest, mark)], PALE)
+        pen.text((LEFT - 8, at(1, mark)[1]), f"{mark}", INK, small, anchor="rm")
     for tick in (tick for tick in TICKS if tick <= fastest):
         pen.line([at(tick, low), at(tick, high)], PALE)
         pen.text((at(tick, low)[0], HEIGHT - BOTTOM + 8), f"{tick:g}x", INK, small, anchor="mt")
