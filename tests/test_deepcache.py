@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from compress.families import FAMILIES
-from compress.model.latent_diffusion import load
-from compress.model.tokenizers import portable
+from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.passes.base import PassContext
 from compress.passes.cache import Cache
 from compress.sampler import compile_sampler
-from export.runtime import LatentSpec, Runtime
 from export.step_plan import Segment
 from tests import tiny
 
@@ -69,7 +68,7 @@ def test_cut_is_branch(helper_class: Any, unet: UNet2DConditionModel, branch: in
     second = first | {"sample": first["sample"].flip(0) * 0.9, "timestep": times[1:].repeat(2)}
     text = first["encoder_hidden_states"]
 
-    segments, paths, _ = family.segments(unet, branch)
+    segments, paths, _ = family.segments(unet, family.cut_layout(unet, branch))
     by_name = {segment.name: segment for segment in segments}
     known: dict[str, torch.Tensor] = {}
     helper = helper_class(types.SimpleNamespace(unet=unet, scheduler=types.SimpleNamespace(timesteps=times)))
@@ -89,47 +88,65 @@ def test_cut_is_branch(helper_class: Any, unet: UNet2DConditionModel, branch: in
     assert (theirs - fresh).abs().max() > 1e-4, "nothing was cached, so the comparison proves nothing"
 
 
-@pytest.mark.parametrize(("branch", "interval"), [(0, 2), (1, 3), (4, 2)])
-def test_whole_run(
-    helper_class: Any, unet: UNet2DConditionModel, tiny_folder: Callable[[str], Path], branch: int, interval: int
-) -> None:
-    """The package in the diffusers pipeline and the cache pass in our runtime end in the same latents."""
-    steps, guidance, prompt = 7, 3.0, "a large red circle"
-    noise = np.random.default_rng(0).standard_normal((1, 4, tiny.SIDE, tiny.SIDE)).astype(np.float32)
+STEPS, GUIDANCE, PROMPT = 7, 3.0, "a large red circle"
+NOISE = np.random.default_rng(0).standard_normal((1, 4, tiny.SIDE, tiny.SIDE)).astype(np.float32)
 
+
+@pytest.fixture(scope="module")
+def pipeline(unet: UNet2DConditionModel, tiny_folder: Callable[[str], Path]) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder("unet"), safety_checker=None)
     pipeline.unet = unet
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
-    def theirs() -> np.ndarray:
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
-        return pipeline(prompt, latents=torch.from_numpy(noise), **options).images.numpy()
 
-    fresh = theirs()
-    helper = helper_class(pipeline)
-    helper.set_params(cache_interval=interval, cache_branch_id=branch)
-    helper.enable()
-    expected = theirs()
-    helper.disable()
-
+@pytest.fixture(scope="module")
+def model(unet: UNet2DConditionModel, tiny_folder: Callable[[str], Path]) -> LatentDiffusion:
+    """Sampled, uncached."""
     model = load(tiny_folder("unet"))
     model.denoiser = unet
     segments = {segment.name: Segment(segment.inputs, segment.outputs) for segment in model.segments()}
     scheduler = model.scheduler_config
     model.step_plan = compile_sampler(
-        scheduler["_class_name"], scheduler, steps, guidance, segments=segments, paths={"full": ("denoiser",)}
+        scheduler["_class_name"], scheduler, STEPS, GUIDANCE, segments=segments, paths={"full": ("denoiser",)}
     )
-    cache = Cache(cut=branch, interval=interval)
-    cache.apply(model, cache.plan(model, []), PassContext([], 0, 2 * tiny.SIDE, 2 * tiny.SIDE))
-    assert model.step_plan is not None
-    runtime = Runtime(
-        model.step_plan,
-        model.functions(),
-        model.conditioning,
-        LatentSpec(**model.latent),
-        {name: portable(tokenizer) for name, tokenizer in model.tokenizers.items()},
-    )
-    ours = runtime.sample([prompt], noise=noise)
+    return model
+
+
+def theirs(pipeline: StableDiffusionPipeline) -> np.ndarray:
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
+    latents: np.ndarray = pipeline(PROMPT, latents=torch.from_numpy(NOISE), **options).images.numpy()
+    return latents
+
+
+@pytest.fixture(scope="module")
+def fresh(pipeline: StableDiffusionPipeline) -> np.ndarray:
+    """What the pipeline gives without the package."""
+    return theirs(pipeline)
+
+
+@pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize("branch", range(BRANCHES))
+def test_whole_run(
+    helper_class: Any,
+    pipeline: StableDiffusionPipeline,
+    model: LatentDiffusion,
+    fresh: np.ndarray,
+    branch: int,
+    interval: int,
+) -> None:
+    """The package in the diffusers pipeline and the cache pass in our runtime end in the same latents."""
+    helper = helper_class(pipeline)
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    try:
+        expected = theirs(pipeline)
+    finally:
+        helper.disable()
+
+    cached = replace(model)
+    Cache(cut=branch, interval=interval).apply(cached, [], PassContext([], 0, 2 * tiny.SIDE, 2 * tiny.SIDE))
+    ours = cached.runtime().sample([PROMPT], noise=NOISE)
     scale = np.abs(expected).max()
     assert np.abs(ours - expected).max() <= 1e-5 * scale
     assert np.abs(expected - fresh).max() > 1e-3 * scale, "nothing was cached, so the comparison proves nothing"

@@ -1,4 +1,8 @@
-"""Encoder propagation against a plain loop over a UNet of diffusers, by the rules of Faster Diffusion."""
+"""Encoder propagation against a plain loop over a UNet of diffusers, by the rules of Faster Diffusion.
+
+They are those of its pipeline that batches decoders: the encoder never sees what is injected at its own step. Its serial
+pipeline injects before the network call, so that the encoder does see it, at the key steps of the second half.
+"""
 
 from __future__ import annotations
 
