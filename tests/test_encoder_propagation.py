@@ -1,7 +1,7 @@
 """Encoder propagation against a plain loop over a UNet of diffusers, by the rules of Faster Diffusion.
 
-They are those of its pipeline that batches decoders: the encoder never sees what is injected at its own step. Its serial
-pipeline injects before the network call, so that the encoder does see it, at the key steps of the second half.
+They are those of its pipeline that batches decoders: the encoder never sees what is injected at its own step. Its
+serial pipeline injects before the network call, so that the encoder does see it, at the key steps of the second half.
 """
 
 from __future__ import annotations
