@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.errors import ExportError
+from export.weights import FILE, Place, PoolWriter, Storage, refer, write_pool
 
 if TYPE_CHECKING:
     import onnx
@@ -28,7 +29,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 TOLERANCE = 1e-4
 """Largest difference allowed between module and graph, relative to the largest absolute value of the output."""
 
-_PROTOBUF_LIMIT = 2**31 - 2**20
+_PROTOBUF_LIMIT = 2**31 - 2**24  # of the weights, which leaves room for the graph
 
 
 def export_module(
@@ -39,6 +40,8 @@ def export_module(
     check_inputs: Mapping[str, Tensor],
     *,
     name: str = "graph",
+    pool: PoolWriter | None = None,
+    storage: Storage = "float32",
 ) -> onnx.ModelProto:
     """Write a module as a float32 ONNX graph that ONNX Runtime computes as PyTorch does.
 
@@ -52,6 +55,9 @@ def export_module(
         check_inputs: the same inputs with another size on every dynamic axis. A graph can be exact at the traced
             size and wrong at others (an absolute position table that was baked in), so this check is not optional.
         name: in errors, and of the graph.
+        pool: takes the weights of a large network one by one, so that there is never a second copy of them in memory;
+            the graph then refers to them, and belongs beside the pool.
+        storage: of the weights in that pool.
 
     Raises:
         ExportError: the module cannot be traced or lowered, or the graph does not compute the same at both sizes.
@@ -77,9 +83,12 @@ def export_module(
             raise ExportError(f"{name} cannot be lowered to ONNX: {_sentence(error)}") from error
         if written is None:
             raise ExportError(f"{name} cannot be lowered to ONNX: the exporter gave no program")
+        places = {} if pool is None else _put_weights(written.model, pool, storage)
         model: Any = written.model_proto
+        del program, written
     _canonicalise(model, name, dynamic_axes)
-    _check(name, module, model, [example_inputs, check_inputs])
+    refer(model, places)
+    _check(name, module, model, [example_inputs, check_inputs], pool)
     return model
 
 
@@ -187,7 +196,29 @@ def _count_last_axes_from_the_end(graph: onnx.GraphProto) -> None:
                 attribute.i = -1
 
 
-def _check(name: str, module: nn.Module, model: onnx.ModelProto, inputs: Sequence[Mapping[str, Tensor]]) -> None:
+def _put_weights(model: Any, pool: PoolWriter, storage: Storage) -> dict[str, Place]:
+    """Move the large initializers of the exporter's own model into a pool; gives where they lie, by name."""
+    import onnx_ir
+
+    places = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        place = pool.put_array(tensor.numpy(), storage)
+        if place is not None:
+            places[name] = place
+            value.const_value = onnx_ir.ExternalTensor(
+                FILE, place.offset, place.length, tensor.dtype, shape=tensor.shape, name=name, base_dir=pool.folder
+            )
+    return places
+
+
+def _check(
+    name: str,
+    module: nn.Module,
+    model: onnx.ModelProto,
+    inputs: Sequence[Mapping[str, Tensor]],
+    pool: PoolWriter | None,
+) -> None:
     """Compare the graph in ONNX Runtime with the module.
 
     Raises:
@@ -196,7 +227,7 @@ def _check(name: str, module: nn.Module, model: onnx.ModelProto, inputs: Sequenc
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        session = _session(name, model, Path(folder))
+        session = _session(name, model, Path(folder), pool)
         for tensors in inputs:
             sizes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
             try:
@@ -226,17 +257,22 @@ def _compare(what: str, wanted: np.ndarray, got: np.ndarray) -> None:
         raise ExportError(f"{what}: the graph differs from the module by {error:.2e}, allowed is {limit:.2e}")
 
 
-def _session(name: str, model: onnx.ModelProto, folder: Path) -> Any:
+def _session(name: str, model: onnx.ModelProto, folder: Path, pool: PoolWriter | None) -> Any:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     source: bytes | str
-    if model.ByteSize() < _PROTOBUF_LIMIT:
+    if pool is not None:
+        pool.flush()
+        # As the graph is written, on the weights as they lie in the file: no folded, packed or reordered copies.
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(pool.folder))
+        source = model.SerializeToString()
+    elif sum(len(tensor.raw_data) for tensor in model.graph.initializer) < _PROTOBUF_LIMIT:
         source = model.SerializeToString()
     else:
-        from export.weights import write_pool
-
         copy = type(model)()
         copy.CopyFrom(model)
         write_pool({"graph": copy}, folder)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from export.errors import ExportError
 from export.to_onnx import OPSET, SCOPES, export_module, strip_metadata
+from export.weights import FILE, PoolWriter, write_graph, write_pool
 
 ROOT = Path(__file__).parent.parent
 AXES = {"hidden": {0: "batch", 2: "height", 3: "width"}, "emb": {0: "batch"}}
@@ -94,6 +95,35 @@ def test_another_process_writes_the_same_bytes(model: onnx.ModelProto) -> None:
         check=True,
     )
     assert done.stdout.split()[-1] == digest(model)
+
+
+def test_weights_that_go_straight_into_a_pool_give_the_same_files(model: onnx.ModelProto, tmp_path: Path) -> None:
+    once = onnx.ModelProto()
+    once.CopyFrom(model)
+    written = write_pool({"graph": once}, tmp_path / "once")
+    with PoolWriter(tmp_path / "straight") as pool:
+        for _ in range(2):  # the second export adds nothing to the pool
+            graph = export_module(
+                Residual(), inputs(2, 6, 8), AXES, ["out", "mean"], inputs(1, 8, 4), name="residual", pool=pool
+            )
+    write_graph(graph, pool.folder / "graph.onnx")
+    assert (pool.bytes, pool.unshared_bytes) == (written.bytes, 2 * written.unshared_bytes)
+    for name in ("graph.onnx", FILE):
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+
+
+def test_weights_rounded_on_their_way_into_a_pool_are_found_out_where_that_changes_the_output(tmp_path: Path) -> None:
+    """The check reads the file; a module that holds what float16 can hold passes it, another does not."""
+    module = Residual()
+    tensors = (inputs(2, 6, 8), AXES, ["out", "mean"], inputs(1, 8, 4))
+    with PoolWriter(tmp_path) as pool, pytest.raises(ExportError, match="differs from the module by"):
+        export_module(module, *tensors, pool=pool, storage="float16")
+    for parameter in module.parameters():
+        parameter.data.copy_(parameter.half())
+    with PoolWriter(tmp_path) as pool:
+        graph = export_module(module, *tensors, pool=pool, storage="float16")
+    widened = [node.output[0] for node in graph.graph.node if node.name.endswith(".widen")]
+    assert len(widened) == sum(parameter.numel() >= 512 for parameter in module.parameters()) > 1
 
 
 def test_a_table_baked_in_at_one_size_is_found_out() -> None:

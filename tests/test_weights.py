@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.backends import BACKENDS, backend
 from export.errors import EngineError
-from export.weights import FILE, INLINE_BYTES, store_float16, write_pool
+from export.weights import FILE, INLINE_BYTES, PoolWriter, store_float16, write_pool
 
 WIDTH = 64
 
@@ -76,6 +76,28 @@ def test_no_pool_where_all_is_small(tmp_path: Path) -> None:
     write_pool({"graph": linear()}, tmp_path)
     assert not (tmp_path / FILE).exists()
     assert (tmp_path / "graph.onnx").is_file()
+
+
+def test_a_pool_takes_arrays_one_by_one(tmp_path: Path) -> None:
+    with PoolWriter(tmp_path) as pool:
+        first = pool.put_array(weight(0))
+        assert pool.put_array(weight(1).T) != first
+        assert pool.put_array(np.asfortranarray(weight(0))) == first, "the order in memory is not the order of values"
+        assert pool.put_array(np.ones(WIDTH, np.float32)) is None, "it is small"
+        half = pool.put_array(weight(0), "float16")
+        large = pool.put_array(weight(0) * 1e6, "float16")
+    assert None not in (first, half, large)
+    assert (first.halved, half.halved, large.halved) == (False, True, False), "float16 cannot hold the last"
+    data = (tmp_path / FILE).read_bytes()
+    assert len(data) == pool.bytes
+    assert data[first.offset :][: first.length] == weight(0).tobytes()
+    assert data[half.offset :][: half.length] == weight(0).astype(np.float16).tobytes()
+
+
+def test_an_empty_pool_is_no_file(tmp_path: Path) -> None:
+    with PoolWriter(tmp_path / "new"):
+        pass
+    assert not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize("name", BACKENDS)
