@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,6 +105,26 @@ def test_threads_may_share_a_function(name: str, tmp_path: Path) -> None:
         computed = list(pool.map(function, given))
     for arrays, got in zip(given, computed, strict=True):
         np.testing.assert_allclose(got["y"], arrays["x"] @ WEIGHT + BIAS, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not available("onnxruntime"), reason="not installed")
+def test_onnxruntime_sessions_that_run_in_turn_share_their_memory(tmp_path: Path) -> None:
+    script = """
+import sys, numpy, onnxruntime
+from pathlib import Path
+from export.backends import backend
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+x = numpy.ones((400_000, 32), numpy.float32)
+functions = [backend("onnxruntime").load(Path(sys.argv[1]), 1, {}) for _ in range(4)]
+functions[0]({"x": x})
+before = pages()
+for function in functions[1:]:
+    function({"x": x})
+print((pages() - before) * 4096 / x.nbytes)
+"""
+    words = [sys.executable, "-c", script, str(affine(tmp_path))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert float(done.stdout) < 1, "in tensors as large as what passes through each of the three"
 
 
 @pytest.mark.skipif(not available("openvino"), reason="not installed")

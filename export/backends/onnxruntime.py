@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Mapping
@@ -95,9 +96,22 @@ def _settings(threads: int | None, options: Mapping[str, Any]) -> Any:
     settings.log_severity_level = _FATAL
     # An engine is several sessions that run in turn: one that waits must not keep the cores of the next one busy.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    # Nor should each work in memory of its own, which the caches do not hold; weights go when their session goes.
+    _share_memory()
+    settings.add_session_config_entry("session.use_env_allocators", "1")
+    settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     # Weights that are only stored in 8 bits meet float activations: the default rounds those to 8 bits on the way.
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return settings
+
+
+@functools.cache
+def _share_memory() -> None:
+    """Register the arena that the sessions of this process share."""
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(memory, None)
 
 
 def _session(path: Path, settings: Any) -> Any:
