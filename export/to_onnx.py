@@ -57,16 +57,21 @@ def export_module(
         name: in errors, and of the graph.
         pool: takes the weights of a large network one by one, so that there is never a second copy of them in memory;
             the graph then refers to them, and belongs beside the pool.
-        storage: of the weights in that pool.
+        storage: of the weights in that pool. A module whose weights are float16 already, see `export.half_weights`,
+            is written from those without a float32 copy.
 
     Raises:
         ExportError: the module cannot be traced or lowered, or the graph does not compute the same at both sizes.
     """
     import torch
 
+    from export.half_weights import stand_ins
+
     _require_other_sizes(name, example_inputs, dynamic_axes, check_inputs)
     module.eval()
-    with torch.no_grad(), _quietly():
+    with torch.no_grad(), _quietly(), stand_ins(module) as halves:
+        if halves and pool is None:
+            raise ExportError(f"{name} has weights kept as float16, which are written into a pool: give one")
         program = _capture(name, module, example_inputs, dynamic_axes)
         _drop_idle_squeezes(program)
         try:
@@ -83,7 +88,7 @@ def export_module(
             raise ExportError(f"{name} cannot be lowered to ONNX: {_sentence(error)}") from error
         if written is None:
             raise ExportError(f"{name} cannot be lowered to ONNX: the exporter gave no program")
-        places = {} if pool is None else _put_weights(written.model, pool, storage)
+        places = {} if pool is None else _put_weights(written.model, pool, storage, halves)
         model: Any = written.model_proto
         del program, written
     _canonicalise(model, name, dynamic_axes)
@@ -196,14 +201,21 @@ def _count_last_axes_from_the_end(graph: onnx.GraphProto) -> None:
                 attribute.i = -1
 
 
-def _put_weights(model: Any, pool: PoolWriter, storage: Storage) -> dict[str, Place]:
-    """Move the large initializers of the exporter's own model into a pool; gives where they lie, by name."""
+def _put_weights(model: Any, pool: PoolWriter, storage: Storage, halves: Mapping[str, Tensor]) -> dict[str, Place]:
+    """Move the large initializers of the exporter's own model into a pool; gives where they lie, by name.
+
+    Those that were traced as stand-ins are taken from `halves`.
+    """
     import onnx_ir
+
+    from export.half_weights import values_of
 
     places = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        place = pool.put_array(tensor.numpy(), storage)
+        array = tensor.numpy()
+        half = values_of(name, array, halves) if halves else None
+        place = pool.put_array(array, storage) if half is None else pool.put_half(half)
         if place is not None:
             places[name] = place
             value.const_value = onnx_ir.ExternalTensor(

@@ -91,14 +91,20 @@ class PoolWriter:
 
     def put_array(self, array: np.ndarray, storage: Storage = "float32") -> Place | None:
         """Write an array, float32 ones as `storage` where it can hold them; None for those that stay in their graph."""
-        import numpy as np
-
         half = _halved(array) if storage == "float16" else None
         stored = array if half is None else half
         if stored.nbytes < INLINE_BYTES:
             return None
-        data = np.ascontiguousarray(stored).reshape(-1).view(np.uint8).data
-        return replace(self.put(data), halved=half is not None)
+        return replace(self._put_values(stored), halved=half is not None)
+
+    def put_half(self, array: np.ndarray) -> Place:
+        """Write float16 values of an array that the graph takes as float32."""
+        return replace(self._put_values(array), halved=True)
+
+    def _put_values(self, array: np.ndarray) -> Place:
+        import numpy as np
+
+        return self.put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def write_pool(models: Mapping[str, onnx.ModelProto], folder: str | Path) -> Pool:
