@@ -46,7 +46,7 @@ def estimate(recipe: Recipe, model: LatentDiffusion, edits: Sequence[Edit]) -> E
     """Time one network call in float32 and add up the calls that the recipe implies."""
     picture = _seconds_a_picture(recipe, model)
     work = EXPORT_SECONDS * (len(model.parts()) + 2)
-    if recipe.calibration is not None and any("calibration" in step.needs for step in recipe.passes):
+    if recipe.calibration is not None and any("calibration" in step.required() for step in recipe.passes):
         work += recipe.calibration.samples * picture * 2.0
     if recipe.evaluate is not None:
         samples = recipe.evaluate.samples

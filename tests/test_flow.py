@@ -103,7 +103,8 @@ def test_a_recipe_becomes_an_examined_engine(
 
 def test_a_searched_plan_is_examined_at_its_own_points(recipe_file: Callable[[str], Path], tmp_path: Path) -> None:
     """`optimize` may take fewer steps than the recipe: the report still compares step by step."""
-    overrides = ["passes=[{cache: {optimize: {latency_ratio: 0.6, seconds: 1.0}}}]", "sampler.steps=6"]
+    search = "{cache: {optimize: {latency_ratio: 0.6, seconds: 1.0}}}"
+    overrides = [f"passes=[{{quantize: {{scheme: int8-w8a8}}}}, {search}]", "sampler.steps=6"]
     overrides += ["sampler.scheduler=DPMSolverMultistepScheduler", "sampler.options={algorithm_type: dpmsolver++}"]
     outcome = compiler.run(Recipe.load(recipe_file("unet"), overrides), work_dir=tmp_path / "work")
     assert outcome.engine is not None

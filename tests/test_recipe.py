@@ -158,6 +158,13 @@ def test_the_fields_of_every_pass_are_its_recipe_keys(folder: Path, name: str) -
     assert f"passes[0].{name}.no_such_key: is not a known key; known: {listed(fields)}" in sentence
 
 
+@pytest.mark.parametrize("fields", ["method: magcache", "optimize: {latency_ratio: 0.5}"])
+def test_a_cache_that_is_calibrated_needs_prompts(folder: Path, fields: str) -> None:
+    sentence = error_of(folder, f"passes=[{{cache: {{{fields}}}}}]", "calibration=null")
+    assert "passes[0].cache: needs the key calibration" in sentence
+    assert load(folder, "passes=[{cache: {method: fora}}]", "calibration=null").calibration is None
+
+
 PLACES = {
     "an unknown key": ("  steps: 8", "  step: 8", ":5: sampler.step: is not a known key; known: scheduler, steps"),
     "its nearest name": ("  steps: 8", "  step: 8", "did you mean 'steps'?"),

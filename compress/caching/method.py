@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -217,12 +216,6 @@ def rows_on(full: Sequence[int], calls: int, cached: str) -> list[str]:
     """Path per row: `full` in the full rows, `cached` in the others."""
     chosen = set(full)
     return ["full" if row in chosen else cached for row in range(calls)]
-
-
-def longest_run(paths: Sequence[str]) -> int:
-    """How many rows in a row are not full at most."""
-    marks = [-1, *(row for row, path in enumerate(paths) if path == "full"), len(paths)]
-    return max(later - earlier - 1 for earlier, later in pairwise(marks))
 
 
 def _trimmed(layout: Layout, steps: Sequence[Step]) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from typing_extensions import override
 from compress.errors import RefusedError
 from compress.families.base import Family
 from compress.families.segments import Network, Unit
+from compress.families.sublayers import KINDS, Kind
 from export.step_plan import Slot
 
 
@@ -49,6 +51,14 @@ class BlockTransformer(Family):
     @override
     def deep_slot(self, denoiser: Network, cut: int) -> Slot:
         return next(iter(self.block_slots(denoiser, cut, self.block_count(denoiser)).values()))
+
+    @override
+    def sublayer_slots(self, denoiser: Network, kinds: Sequence[Kind] = KINDS) -> dict[str, Slot]:
+        """Where all joint attention is kept, no image token reads a text token any more: the text needs no slots."""
+        slots = super().sublayer_slots(denoiser, kinds)
+        if len(self.streams) == 1 or "self_attention" not in kinds:
+            return slots
+        return {name: slot for name, slot in slots.items() if not name.endswith(("_attn_1", "_ff_context"))}
 
     @override
     def latent_multiple(self, denoiser: Network) -> int:

@@ -43,23 +43,16 @@ def path_costs(
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         known = dict(inputs)
         for path, chain in chains.items():
-            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
-                outputs = chain.run(denoiser, *(known[name] for name in chain.inputs))
-            macs[path] = counter.get_total_flops() // 2
-            known.update({name: value for name, value in zip(chain.outputs, outputs, strict=True) if name not in known})
+            outputs, macs[path] = run_counted(denoiser, chain, known)
+            known = outputs | known
     return {path: PathCost(macs[path] / macs[FULL], program.parameter_share(path)) for path in layout.paths}
 
 
-def unit_macs(denoiser: Network, units: Sequence[Unit], inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """Multiply-accumulates of every unit (convolutions, matrix products, attention); nothing is run."""
-    known, macs = dict(inputs), {}
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        for unit in units:
-            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
-                outputs = unit.run(denoiser, *(known[name] for name in unit.inputs))
-            known.update(zip(unit.outputs, outputs, strict=True))
-            macs[unit.name] = counter.get_total_flops() // 2
-    return macs
+def run_counted(denoiser: Network, unit: Unit, known: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Run a unit; its outputs by name, and its multiply-accumulates (convolutions, matrix products, attention)."""
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+        outputs = unit.run(denoiser, *(known[name] for name in unit.inputs))
+    return dict(zip(unit.outputs, outputs, strict=True)), counter.get_total_flops() // 2
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:

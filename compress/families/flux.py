@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from compress.errors import RefusedError
 from compress.families.base import Guidance
 from compress.families.blocks import BlockTransformer, change
 from compress.families.segments import Network, Unit
-from compress.families.sublayers import KINDS, Kind, Sublayer
-from export.step_plan import Slot
+from compress.families.sublayers import Sublayer
 
 _DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
 _PACK = 2  # a token is a square of latent pixels this wide
@@ -156,14 +154,6 @@ class Flux(BlockTransformer):
                 found.append(Sublayer("self_attention", f"{path}.attn", streams=2, returns=2))
                 found += [Sublayer("mlp", f"{path}.ff"), Sublayer("mlp", f"{path}.ff_context")]
         return found
-
-    @override
-    def sublayer_slots(self, denoiser: Network, kinds: Sequence[Kind] = KINDS) -> dict[str, Slot]:
-        """Where all attention is kept, no image token reads a text token any more: those of the text need no slots."""
-        slots = super().sublayer_slots(denoiser, kinds)
-        if "self_attention" not in kinds:
-            return slots
-        return {name: slot for name, slot in slots.items() if not name.endswith(("_attn_1", "_ff_context"))}
 
     @override
     def example_inputs(

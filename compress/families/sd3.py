@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -11,8 +9,7 @@ from typing_extensions import override
 from compress.errors import RefusedError
 from compress.families.blocks import BlockTransformer, change, unpatchify
 from compress.families.segments import Network, Unit
-from compress.families.sublayers import KINDS, Kind, Sublayer
-from export.step_plan import Slot
+from compress.families.sublayers import Sublayer
 
 
 class SD3(BlockTransformer):
@@ -89,14 +86,6 @@ class SD3(BlockTransformer):
             if not block.context_pre_only:
                 found.append(Sublayer("mlp", f"{path}.ff_context"))
         return found
-
-    @override
-    def sublayer_slots(self, denoiser: Network, kinds: Sequence[Kind] = KINDS) -> dict[str, Slot]:
-        """Where all attention is kept, nothing reads the text stream any more, so its outputs need no slots."""
-        slots = super().sublayer_slots(denoiser, kinds)
-        if "self_attention" not in kinds:
-            return slots
-        return {name: slot for name, slot in slots.items() if not name.endswith(("_attn_1", "_ff_context"))}
 
     @override
     def example_inputs(

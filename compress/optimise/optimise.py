@@ -64,16 +64,11 @@ def candidate_cuts(model: LatentDiffusion) -> list[int]:
     cuts = [cut for cut in model.family.cuts(model.denoiser) if cut.macs_share <= WORTH]
     if not cuts:
         raise RefusedError("cache: no cut of this denoiser saves a fifth of its MACs, so there is nothing to search")
-    chosen: list[int] = []
-    for cut in cuts:
-        if not chosen or cut.macs_share > 1.5 * model_share(cuts, chosen[-1]) + 0.02:
-            chosen.append(cut.index)
-    return chosen[:CUTS]
-
-
-def model_share(cuts: Any, index: int) -> float:
-    """The share of the MACs of the shallow path of a cut."""
-    return float(next(cut.macs_share for cut in cuts if cut.index == index))
+    chosen = cuts[:1]
+    for cut in cuts[1:]:
+        if cut.macs_share > 1.5 * chosen[-1].macs_share + 0.02:
+            chosen.append(cut)
+    return [cut.index for cut in chosen[:CUTS]]
 
 
 def _search(lab: Lab, ratio: float, seconds: float, context: PassContext) -> Finding:

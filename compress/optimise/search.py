@@ -1,4 +1,4 @@
-"""The search: seeds by formula and dynamic programme, then local moves, judged by the error of the last latent."""
+"""The search: candidates by formula, then local moves from the best of them, judged by the error of the last latent."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from compress.optimise.lab import HELD_OUT, Lab
 FEW, MANY = 8, 32
 """Samples that seeds and finalists are judged on."""
 FINALISTS = 4
+FIRST = 0.6
 PATIENCE = 200
 """Moves in a row that gain nothing before the search ends."""
 DAMPINGS = (0.0, 0.5, 0.7, 0.85, 1.0, 1.15)
@@ -36,9 +37,8 @@ class Search:
     Attributes:
         lab: judges.
         budget: ms of network calls.
-        seconds: the local search ends after so many since the start.
+        seconds: the search ends after so many; the first candidates may take `FIRST` of them.
         seed: of the noises.
-        seeds: further candidates to begin with.
         progress: receives (evaluations done, seconds left).
     """
 
@@ -46,7 +46,6 @@ class Search:
     budget: float
     seconds: float
     seed: int
-    seeds: Sequence[Candidate] = ()
     progress: Callable[[int, float], None] = lambda done, left: None
     evaluations: int = 0
     _known: dict[tuple[Candidate, int], float] = field(default_factory=dict)
@@ -59,10 +58,11 @@ class Search:
         """
         began = time.perf_counter()
         rng = np.random.default_rng(0)
-        pool = {
-            one: self._judge(one, FEW)
-            for one in self._affordable([*self._formulas(), *uniform_caching(self), *self.seeds])
-        }
+        pool: dict[Candidate, float] = {}
+        for one in self._affordable([*self._simple(), *self._formulas()]):
+            if pool and time.perf_counter() - began > FIRST * self.seconds:
+                break
+            pool[one] = self._judge(one, FEW)
         if not pool:
             raise RefusedError("not even one network call fits the budget: allow more latency")
         best = sorted(pool, key=pool.__getitem__, reverse=True)[:FINALISTS]
@@ -106,12 +106,17 @@ class Search:
         """How many full calls fit."""
         return min(self.lab.plan.network_calls, int(self.budget / self.lab.benches[None].times.full + 1e-9))
 
-    def _formulas(self) -> Iterator[Candidate]:
-        """Fewer steps; and for some numbers of calls, every cut with as many full calls as the budget leaves."""
-        base, most = self.steps_in_budget(), self.lab.plan.network_calls
+    def _simple(self) -> Iterator[Candidate]:
+        """Fewer steps, at the scheduler's points and at others, and uniform caching: what a search must beat."""
+        base = self.steps_in_budget()
         if base >= 1:
             yield fewer_steps(base)
             yield from self._respaced(fewer_steps(base))
+        yield from uniform_caching(self)
+
+    def _formulas(self) -> Iterator[Candidate]:
+        """For some numbers of calls, every cut with as many full calls as the budget leaves."""
+        base, most = self.steps_in_budget(), self.lab.plan.network_calls
         for cut, bench in self.lab.benches.items():
             if cut is None:
                 continue

@@ -61,6 +61,10 @@ class Pass(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     changes: ClassVar[frozenset[str]]
 
+    def required(self) -> frozenset[str]:
+        """What it needs with the fields it has; `needs`, unless its fields decide."""
+        return self.needs
+
     @abstractmethod
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
         """List every edit, without touching the model.

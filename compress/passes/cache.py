@@ -156,6 +156,10 @@ class Cache(Pass):
         return self.optimize is not None or METHODS[self.method].calibrated(self.options)
 
     @override
+    def required(self) -> frozenset[str]:
+        return frozenset({"calibration"}) if self.calibrated else self.needs
+
+    @override
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
         from compress.caching.methods import METHODS
 

@@ -256,7 +256,7 @@ class Recipe(BaseModel):
     def _check_together(self) -> None:
         """Refuse keys that are each right but do not fit together, and files that are not there."""
         for index, step in enumerate(self.passes):
-            if "calibration" in step.needs and self.calibration is None:
+            if "calibration" in step.required() and self.calibration is None:
                 raise self.error(("passes", index, step.name), "needs the key calibration: {prompts: FILE, samples: N}")
         for metric, key in {"attribute_accuracy": "scorer", "clip_score": "clip_model"}.items():
             if metric in self.gates and (self.evaluate is None or getattr(self.evaluate, key) is None):
