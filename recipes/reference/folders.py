@@ -108,6 +108,18 @@ def write_mmdit_folder(
     _save(pipeline, folder, tokenizer, {"max_sequence_length": 1})
 
 
+def read_text_encoder(folder: Path, device: torch.device) -> CLIPTextModelWithProjection:
+    """The frozen text encoder of a shipped MMDiT folder, float32, in evaluation mode."""
+    encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def read_vae(folder: Path, device: torch.device) -> AutoencoderKL:
+    """The frozen autoencoder of a shipped folder, float32, in evaluation mode."""
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    return vae.to(device).eval().requires_grad_(False)
+
+
 def open_pipeline(folder: Path) -> tuple[DiffusionPipeline, dict[str, int]]:
     """Open a shipped folder in float32 and return it with the extra arguments its calls need.
 

@@ -15,7 +15,7 @@ from recipes.reference.scenes import draw_scenes
 from recipes.reference.text import tokenise
 
 LATENT_COUNT = 36864
-_BATCH = 64
+_BATCH = {"cpu": 64, "cuda": 1024}
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def cached_latents(
     began = saved = time.monotonic()
     first = done
     while done < count:
-        size = min(_BATCH, count - done)
+        size = min(_BATCH[device.type], count - done)
         scenes = draw_scenes("train", done, size, device)
         pictures = (scenes.images * 2.0 - 1.0).contiguous(memory_format=torch.channels_last)
         latents.append(vae.encode(pictures).latent_dist.mean.to("cpu", torch.float16).contiguous())

@@ -10,28 +10,32 @@ from transformers import CLIPTextModelWithProjection
 
 from recipes.reference.denoisers import unet_scheduler
 
-BATCH = 32
 EMPTY_PROMPT_SHARE = 0.1
 
 
 class LatentBatches:
-    """Batches of (latents, tokens, noise, stratified uniform numbers), each a pure function of the step number."""
+    """Batches of (latents, tokens, noise, stratified uniform numbers), each a pure function of the step number.
+
+    Drawn on `device`: devices differ in their numbers.
+    """
 
     def __init__(
-        self, latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor, device: torch.device, batch: int = BATCH
+        self, latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor, device: torch.device, batch: int
     ) -> None:
-        self.latents, self.tokens, self.empty, self.device, self.batch = latents, tokens, empty, device, batch
+        self.latents, self.tokens, self.empty = latents.to(device), tokens.to(device), empty.to(device)
+        self.device, self.batch = device, batch
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents float32 (b, 4, 16, 16), tokens (b, 20) with 10 % empty prompts, noise, uniform (b,)."""
-        generator = torch.Generator().manual_seed(1_000_003 * (step + 1))
-        rows = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        generator = torch.Generator(self.device).manual_seed(1_000_003 * (step + 1))
+        draw = {"generator": generator, "device": self.device}
+        rows = torch.randint(len(self.latents), (self.batch,), **draw)
         latents = self.latents[rows].float()
-        tokens = self.tokens[rows].clone()
-        tokens[torch.rand(self.batch, generator=generator) < EMPTY_PROMPT_SHARE] = self.empty
-        noise = torch.randn(latents.shape, generator=generator)
-        uniform = (torch.arange(self.batch) + torch.rand(self.batch, generator=generator)) / self.batch
-        return latents.to(self.device), tokens.to(self.device), noise.to(self.device), uniform.to(self.device)
+        dropped = torch.rand(self.batch, **draw) < EMPTY_PROMPT_SHARE
+        tokens = torch.where(dropped[:, None], self.empty, self.tokens[rows])
+        noise = torch.randn(latents.shape, **draw)
+        uniform = (torch.arange(self.batch, device=self.device) + torch.rand(self.batch, **draw)) / self.batch
+        return latents, tokens, noise, uniform
 
 
 def unet_objective(

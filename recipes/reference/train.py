@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from recipes.reference.checkpoint import read_checkpoint
 from recipes.reference.denoisers import build_mmdit, build_unet
-from recipes.reference.folders import write_mmdit_folder, write_unet_folder
+from recipes.reference.folders import read_text_encoder, read_vae, write_mmdit_folder, write_unet_folder
 from recipes.reference.latents import LATENT_COUNT, cached_latents
 from recipes.reference.objectives import LatentBatches, mmdit_objective, unet_objective
 from recipes.reference.prompts import write_prompts
@@ -29,25 +29,38 @@ from recipes.reference.trainer import Budget, train
 from recipes.reference.vae import VAE_BUDGET, train_vae
 
 STAGES = ("prompts", "text", "vae", "recogniser", "latents", "unet", "mmdit", "export", "score")
-#: What the shipped weights were trained with.
-BUDGETS: dict[str, Budget] = {
-    "text": TEXT_BUDGET,
-    "vae": VAE_BUDGET,
-    "recogniser": RECOGNISER_BUDGET,
-    "unet": Budget(steps=2050, rate=8e-4, warmup=200, decay=700),
-    "mmdit": Budget(steps=2200, rate=8e-4, warmup=200, decay=700),
+#: Budget of each stage by device: what two CPU cores learn in two hours, and what a server GPU learns in ten minutes.
+BUDGETS: dict[str, dict[str, Budget]] = {
+    "cpu": {
+        "text": TEXT_BUDGET,
+        "vae": VAE_BUDGET,
+        "recogniser": RECOGNISER_BUDGET,
+        "unet": Budget(steps=2050, rate=8e-4, warmup=200, decay=700),
+        "mmdit": Budget(steps=2200, rate=8e-4, warmup=200, decay=700),
+    },
+    "cuda": {
+        "text": TEXT_BUDGET,
+        "vae": VAE_BUDGET,
+        "recogniser": RECOGNISER_BUDGET,
+        "unet": Budget(steps=10000, rate=1e-3, batch=512, warmup=500, decay=6000, average=0.9995),
+        "mmdit": Budget(steps=10000, rate=1e-3, batch=512, warmup=500, decay=6000, average=0.9995),
+    },
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a run keeps checkpoints (`work`) and results (`output`), on what it runs, and the budget of each stage."""
+    """Where a run keeps checkpoints (`work`) and results (`output`), on what it runs, and the budget of each stage.
+
+    With `reuse` the text encoder, the autoencoder and the recogniser are those of `output`, not trained anew.
+    """
 
     work: Path = Path("build/reference")
     output: Path = Path(__file__).resolve().parent
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    budgets: Mapping[str, Budget] = field(default_factory=lambda: BUDGETS)
+    budgets: Mapping[str, Budget] = field(default_factory=lambda: BUDGETS["cpu"])
     latents: int = LATENT_COUNT
+    reuse: bool = False
     prompts: int = 512
     steps: int = 50
     guidance: float = 3.0
@@ -73,16 +86,22 @@ class Stages:
 
     def text(self) -> CLIPTextModelWithProjection:
         """The pretrained, frozen text encoder."""
+        if self.plan.reuse:
+            return read_text_encoder(self.plan.output / "mmdit", self.plan.device)
         return train_text_encoder(
             self.plan.work / "text.pt", self.tokenizer(), self.plan.device, self.plan.budgets["text"], say
         )
 
     def vae(self) -> AutoencoderKL:
         """The trained autoencoder."""
+        if self.plan.reuse:
+            return read_vae(self.plan.output / "unet", self.plan.device)
         return train_vae(self.plan.work / "vae.pt", self.plan.device, self.plan.budgets["vae"], say)
 
     def recogniser(self) -> None:
         """Train the recogniser and write the scorer folder."""
+        if self.plan.reuse:
+            return
         model = train_recogniser(
             self.plan.work / "recogniser.pt", self.vae(), self.plan.device, self.plan.budgets["recogniser"], say
         )
@@ -100,15 +119,16 @@ class Stages:
             return state["latents"][: self.plan.latents], state["tokens"][: self.plan.latents]
         return cached_latents(path, self.vae(), self.tokenizer(), self.plan.device, self.plan.latents, say)
 
-    def _batches(self) -> LatentBatches:
+    def _batches(self, stage: str) -> LatentBatches:
         latents, tokens = self.latents()
-        return LatentBatches(latents, tokens, tokenise(self.tokenizer(), [""])[0], self.plan.device)
+        empty = tokenise(self.tokenizer(), [""])[0]
+        return LatentBatches(latents, tokens, empty, self.plan.device, self.plan.budgets[stage].batch)
 
     def unet(self) -> UNet2DConditionModel:
         """The UNet with averaged weights."""
         torch.manual_seed(4)
         model = build_unet().to(self.plan.device)
-        loss_at = unet_objective(model, self.text(), self._batches())
+        loss_at = unet_objective(model, self.text(), self._batches("unet"))
         model.load_state_dict(train("unet", model, loss_at, self.plan.budgets["unet"], self.plan.work / "unet.pt", say))
         return model.eval()
 
@@ -116,7 +136,7 @@ class Stages:
         """The MMDiT with averaged weights."""
         torch.manual_seed(5)
         model = build_mmdit().to(self.plan.device)
-        loss_at = mmdit_objective(model, self.text(), self._batches())
+        loss_at = mmdit_objective(model, self.text(), self._batches("mmdit"))
         model.load_state_dict(
             train("mmdit", model, loss_at, self.plan.budgets["mmdit"], self.plan.work / "mmdit.pt", say)
         )
@@ -163,7 +183,7 @@ class Stages:
 
 
 def _train_side_by_side(arguments: list[str], threads: int) -> None:
-    """Run the two denoiser stages as two processes that share the cores; raises SystemExit when one fails."""
+    """Run the two denoiser stages as two processes that share the machine; raises SystemExit when one fails."""
     command = [sys.executable, "-m", "recipes.reference.train", *arguments, "--threads", str(max(1, threads // 2))]
     children = [subprocess.Popen([*command, "--stage", stage]) for stage in ("unet", "mmdit")]
     if any([child.wait() != 0 for child in children]):
@@ -176,21 +196,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone (earlier checkpoints are read)")
     parser.add_argument("--work", type=Path, default=Plan.work, help="checkpoints (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Plan.output, help="folders (default: beside this file)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=tuple(BUDGETS), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    for name, budget in BUDGETS.items():
-        parser.add_argument(f"--steps-{name}", type=int, default=budget.steps, help="updates (default: %(default)s)")
+    parser.add_argument("--reuse", action="store_true", help="train the denoisers alone, with the shipped other parts")
+    for name in BUDGETS["cpu"]:
+        parser.add_argument(f"--steps-{name}", type=int, help="updates (default: the budget of the device)")
     parser.add_argument("--latents", type=int, default=LATENT_COUNT, help="size of the denoisers' training set")
     parser.add_argument("--prompts", type=int, default=Plan.prompts, help="held-out prompts to score")
     parser.add_argument("--guidance", type=float, default=Plan.guidance, help="guidance scale of the scores")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
+    device = torch.device(chosen.device)
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    budgets = BUDGETS[device.type]
+    updates = {name: getattr(chosen, f"steps_{name}") for name in budgets}
     plan = Plan(
         work=chosen.work,
         output=chosen.output,
-        device=torch.device(chosen.device),
-        budgets={name: replace(budget, steps=getattr(chosen, f"steps_{name}")) for name, budget in BUDGETS.items()},
+        device=device,
+        budgets={name: replace(budget, steps=updates[name] or budget.steps) for name, budget in budgets.items()},
         latents=chosen.latents,
+        reuse=chosen.reuse,
         prompts=chosen.prompts,
         guidance=chosen.guidance,
     )
@@ -200,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     for stage in ("prompts", "text", "vae", "recogniser", "latents"):
         getattr(stages, stage)()
-    if plan.device.type == "cpu" and chosen.threads >= 2:
+    if chosen.threads >= 2:
         _train_side_by_side(list(sys.argv[1:] if arguments is None else arguments), chosen.threads)
     stages.unet()
     stages.mmdit()

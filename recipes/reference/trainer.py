@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,20 @@ import torch
 
 from recipes.reference.checkpoint import read_checkpoint, write_checkpoint
 
+#: Updates between looks at the loss on an accelerator, where each look waits for it.
+_CHECK_EVERY = 50
+
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and how fast a stage learns: `steps` in all, linear `warmup`, constant `rate`, linear `decay` to 2 %."""
+    """How long and how fast a stage learns: `steps` in all, linear `warmup`, constant `rate`, linear `decay` to 2 %.
+
+    `batch` counts samples an update where a stage does not choose its own batches.
+    """
 
     steps: int
     rate: float
+    batch: int = 32
     warmup: int = 100
     decay: int = 1000
     average: float = 0.999
@@ -55,16 +63,20 @@ def train(
     `watch(step, seconds)` is called after each write. Raises FloatingPointError when the loss is no longer finite.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=budget.rate, betas=(0.9, 0.99), weight_decay=budget.weight_decay)
+    accelerated = parameters[0].device.type != "cpu"
+    optimiser = torch.optim.AdamW(
+        parameters, lr=budget.rate, betas=(0.9, 0.99), weight_decay=budget.weight_decay, fused=accelerated
+    )
     average = {key: value.detach().clone() for key, value in module.state_dict().items()}
-    first, spent, smooth = 0, 0.0, 0.0
+    first, spent, smooth = 0, 0.0, parameters[0].new_zeros((), dtype=torch.float64)
     state = read_checkpoint(path)
     if state is not None:
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
         for key, value in state["average"].items():
             average[key].copy_(value)
-        first, spent, smooth = state["step"], state["seconds"], state["loss"]
+        first, spent = state["step"], state["seconds"]
+        smooth.fill_(state["loss"])
     if first >= budget.steps:
         report(f"{name}: already trained ({first} steps)")
         return average
@@ -80,17 +92,17 @@ def train(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         average_into(average, module, step, budget.average)
-        value = float(loss.detach())
-        if not value == value or value in (float("inf"), float("-inf")):
-            raise FloatingPointError(f"{name}: the loss is {value} at step {step}")
-        smooth = value if step == 0 else smooth + min(1.0, max(0.02, 1.0 / (step + 1))) * (value - smooth)
+        smooth.lerp_(loss.detach().double(), min(1.0, max(0.02, 1.0 / (step + 1))))
         now = time.monotonic()
         done = step + 1
-        if now - saved >= budget.save_seconds or done == budget.steps:
+        save = now - saved >= budget.save_seconds or done == budget.steps
+        if (save or not accelerated or done % _CHECK_EVERY == 0) and not math.isfinite(smooth):
+            raise FloatingPointError(f"{name}: the loss is {float(smooth)} at step {step}")
+        if save:
             seconds = spent + now - began
             left = (now - began) / (done - first) * (budget.steps - done)
             report(
-                f"{name}: step {done}/{budget.steps}  loss {smooth:.4f}  rate {budget.rate_at(step):.1e}  "
+                f"{name}: step {done}/{budget.steps}  loss {float(smooth):.4f}  rate {budget.rate_at(step):.1e}  "
                 f"{seconds / 60:.1f} min spent, {left / 60:.1f} min left"
             )
             write_checkpoint(
@@ -101,7 +113,7 @@ def train(
                     "optimiser": optimiser.state_dict(),
                     "step": done,
                     "seconds": seconds,
-                    "loss": smooth,
+                    "loss": float(smooth),
                 },
             )
             saved = now
