@@ -21,9 +21,6 @@ from export.runtime import Runtime
 if TYPE_CHECKING:
     from compress.passes.base import PassContext
 
-BATCH = 4
-"""Pictures made at once; with guidance the denoiser sees twice as many."""
-
 Layers = Mapping[str, Sequence[str]]
 """Part name -> names of the layers in its component."""
 
@@ -51,8 +48,8 @@ def run(floats: Runtime, context: PassContext, what: str) -> None:
     if not context.prompts:
         raise RefusedError("calibration needs at least one prompt")
     total = len(context.prompts)
-    for first in range(0, total, BATCH):
-        prompts = list(context.prompts[first : first + BATCH])
+    for first in range(0, total, context.batch):
+        prompts = list(context.prompts[first : first + context.batch])
         seeds = [context.seed + first + i for i in range(len(prompts))]
         pictures = floats.generate(prompts, seeds, context.height, context.width)
         if "vae_encoder" in floats.functions:

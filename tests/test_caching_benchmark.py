@@ -14,7 +14,7 @@ from compress.caching.methods import METHODS
 from compress.passes.cache import Cache
 from recipes.benchmarks import caching_tables
 from recipes.benchmarks.caching import __main__ as program
-from recipes.benchmarks.caching import chart, interaction, presets, results
+from recipes.benchmarks.caching import bench, chart, interaction, presets, pytorch, results
 
 OWN = "DPMSolverMultistepScheduler"
 RUN = presets.Run("unet", OWN, 50)
@@ -148,50 +148,57 @@ def test_a_result_stands_while_what_it_depends_on_does() -> None:
     assert results.verdict(found | {"entry": "optimised 0.4"}, "asked", "other code") == "keep"
 
 
-class _Bench:
-    """What `Work` asks of a bench."""
-
-    def __init__(self, kept: results.Kept) -> None:
-        self.kept, self.models, self.prompts = kept, ["unet"], [None] * 64
-
-    def speed(self, name: str) -> tuple[float, float]:
-        return 1.0, 1.0
-
-    def inputs(self, run: presets.Run, entry: str, against: str | None) -> str:
-        return f"{entry} against {against}"
+def test_a_result_of_pytorch_waits_for_its_engine() -> None:
+    found = row("pab", db=9.0, inputs="asked", sources="code", computed="PyTorch")
+    assert results.verdict(found, "asked", "code") == "complete"
+    assert results.verdict(found, "asked otherwise", "code") == "measure"
+    assert results.verdict(found | {"refused": "no"}, "asked", "code") == "keep"
+    assert results.verdict(found | {"engine": "of a layout"}, "asked", "code") == "keep"
 
 
-def test_a_resumed_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench: Any = _Bench(results.Kept(tmp_path))
-    measured: list[str] = []
+def test_what_devices_calibrate_may_differ_in_rounding_alone() -> None:
+    plan = {"steps": [{"read": {"deep": [1.0, 0.25]}, "path": "shallow"}], "rows": 3}
+    close = {"steps": [{"read": {"deep": [1.0, 0.250001]}, "path": "shallow"}], "rows": 3}
+    assert bench.alike(plan, close)
+    assert not bench.alike(plan, {"steps": [{"read": {"deep": [1.0, 0.2501]}, "path": "shallow"}], "rows": 3})
+    assert not bench.alike(plan, {"steps": [{"read": {"deep": [1.0]}, "path": "shallow"}], "rows": 3})
+    assert not bench.alike(plan, {"steps": plan["steps"], "rows": 4})
+    assert bench.rounded([1.0 + 1e-12, {"a": [0.1 + 1e-13]}, "x", 3]) == bench.rounded([1.0, {"a": [0.1]}, "x", 3])
 
-    def measure(_: Any, run: presets.Run, entry: str, inputs: str) -> dict[str, Any]:
-        measured.append(entry)
-        for kind in ("latents", "pictures", "features", "hits") if entry == "full" else ():
-            bench.kept.put_array(run, kind, entry, np.zeros(1))
-        plan = {"plan": f"plan of {entry}"} if entry != "pab" else {"refused": "no"}
-        return row(entry, inputs=inputs, sources="code") | plan
 
-    monkeypatch.setattr(program, "measure", measure)
-    monkeypatch.setattr(program, "sources", lambda: "code")
-    entries = ["full", "25 steps", "pab", "fora"]
+def test_pytorch_computes_engines_complete_and_nothing_is_measured_twice(tmp_path: Path) -> None:
+    entries = ["2 steps", "deepcache"]
+    told = ["--models", "unet", "--samplers", "default", "--steps", "4", "--samples", "9"]
+    told += ["--only", *entries, "--build", str(tmp_path / "build")]
+    pytorch.main([*told, "--device", "cpu", "--workers", "1"])
+    run, kept = presets.Run("unet", OWN, 4), results.Kept(tmp_path / "build")
+    computed = {entry: kept.row(run, entry) for entry in ["full", *entries]}
+    assert all("engine" not in one for one in computed.values())
+    # What PyTorch made of one entry is replaced, so that its engine must disagree with it.
+    kept.put_array(run, "samples", "deepcache", 1.0 + kept.array(run, "samples", "deepcache"))
 
-    def run(count: int) -> list[str]:
-        measured.clear()
-        work = program.Work(bench, [(RUN, entries)])
-        for entry in entries[:count]:
-            work.do(RUN, entry)
-        return list(measured)
+    told += ["--budgets", "--results", str(tmp_path)]
+    program.main(told)
+    done = {entry: kept.row(run, entry) for entry in computed}
+    for entry in ("full", "2 steps"):
+        quality = "attributes" if entry == "full" else "latent_psnr_db"
+        assert done[entry]["departure"] < 1e-4
+        assert done[entry][quality] == computed[entry][quality]
+    assert "departure" not in done["deepcache"]
+    both = [rows["deepcache"]["latent_psnr_db"]["value"] for rows in (computed, done)]
+    assert both[1] == pytest.approx(both[0], abs=0.01)
+    assert all("whole_ms" in done[entry] for entry in done)
 
-    assert run(2) == ["full", "25 steps"]
-    assert run(4) == ["pab", "fora"]
-    assert run(4) == []
-    bench.kept.file(RUN, "results", "fora", ".json").unlink()
-    assert run(4) == ["fora"]
-    bench.kept.put(RUN, bench.kept.row(RUN, "full") | {"plan": "another"})
-    assert run(4) == ["25 steps", "pab", "fora"]
-    bench.kept.file(RUN, "latents", "full", ".npy").unlink()
-    assert run(4)[0] == "full"
+    before = {file: file.stat().st_mtime_ns for file in kept.root.glob("results/**/*.json")}
+    program.main(told)
+    assert {file: file.stat().st_mtime_ns for file in kept.root.glob("results/**/*.json")} == before
+    kept.put(run, done["2 steps"] | {"inputs": "other prompts"})
+    program.main(told)
+    again = {file: file.stat().st_mtime_ns for file in kept.root.glob("results/**/*.json")}
+    assert kept.row(run, "2 steps")["inputs"] == done["2 steps"]["inputs"]
+    assert again.keys() == before.keys()
+    unchanged = kept.file(run, "results", "deepcache", ".json")
+    assert json.loads(unchanged.read_bytes())["latent_psnr_db"] == done["deepcache"]["latent_psnr_db"]
 
 
 def test_every_method_is_measured_and_every_preset_is_a_valid_pass() -> None:

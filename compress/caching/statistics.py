@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress import calibrate
 from compress.caching.dynamic_programme import cosine_similarity
 from compress.errors import PassError
 from compress.families.layout import FULL
@@ -48,9 +47,9 @@ def collect(model: LatentDiffusion, layout: Layout, recorder: Recorder, context:
         def see(row: int, _: np.ndarray, tensors: dict[str, np.ndarray]) -> None:
             rows.append({**tensors, **seen})
 
-        for first in range(0, len(context.prompts), calibrate.BATCH):
+        for first in range(0, len(context.prompts), context.batch):
             rows: list[Row] = []
-            prompts = list(context.prompts[first : first + calibrate.BATCH])
+            prompts = list(context.prompts[first : first + context.batch])
             seeds = [context.seed + first + i for i in range(len(prompts))]
             runtime.sample(prompts, seeds, context.height, context.width, on_step=see)
             recorder.batch(rows)
@@ -67,7 +66,7 @@ def _inputs(denoiser: Any, wanted: Mapping[str, str]) -> Iterator[dict[str, np.n
 
         def keep(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
             given = args[0] if args else kwargs["hidden_states"]
-            seen[name] = given.detach().numpy().copy()
+            seen[name] = given.detach().cpu().numpy().copy()
 
         hooks.append(denoiser.get_submodule(path).register_forward_pre_hook(keep, with_kwargs=True))
     try:

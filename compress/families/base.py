@@ -196,6 +196,8 @@ class Family(ABC):
         """What the paths of a layout cost at the latent size of the training and 77 prompt tokens."""
         side = self.latent_side(denoiser)
         inputs = self.example_inputs(denoiser, batch=1, height=side, width=side, prompt_tokens=77)
+        device = next(denoiser.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         return path_costs(denoiser, self.units(denoiser), self.sublayers(denoiser), layout, inputs)
 
     def segments(self, denoiser: Network, layout: Layout | None) -> Segmentation:

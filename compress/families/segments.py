@@ -175,7 +175,7 @@ class Program:
             known = dict(zip(inputs, tensors, strict=True))
             waiting = {name: layout.slots[name] for name in read if layout.slots[name].base is not None}
             # A stream that has no slot is one that nothing on this path reads: what it is, is never computed.
-            unread = torch.zeros(1)
+            unread = torch.zeros(1, device=next(denoiser.parameters()).device)
             given = {sublayer: [known.get(tensor, unread) for tensor in sublayer.tensors] for sublayer in replaced}
             with intercepted(denoiser, watched, given) as seen:
                 for unit in units:

@@ -166,6 +166,11 @@ class LatentDiffusion:
         state = {key: value for key, value in self._state().items() if key != "provenance"}
         return hashlib.sha256(_canonical([self.hash(), state])).hexdigest()
 
+    def to(self, device: torch.device) -> None:
+        """Move the networks; their functions go on taking and giving NumPy arrays."""
+        for network in self._networks().values():
+            network.to(device)
+
     def clone(self) -> LatentDiffusion:
         """An independent copy; tokenizers, which nothing changes, are shared."""
         shared = ("family", "tokenizers")
@@ -305,11 +310,13 @@ def _residuals(components: Components) -> dict[str, Any]:
 
 
 def _function(module: Network) -> PartFunction:
+    device = next((parameter.device for parameter in module.component.parameters()), torch.device("cpu"))
+
     def call(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in module.inputs}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])).to(device) for name in module.inputs}
         with torch.inference_mode():
             outputs = module(**tensors)
-        return {name: output.numpy() for name, output in zip(module.outputs, outputs, strict=True)}
+        return {name: output.cpu().numpy() for name, output in zip(module.outputs, outputs, strict=True)}
 
     return call
 

@@ -38,6 +38,7 @@ class PassContext:
         progress: receives (what, done, total).
         targets: what the engine is built for, for passes that measure.
         store: keeps what is exported on the way, by content; None keeps nothing.
+        batch: calibration pictures made at once; with guidance the denoiser sees twice as many.
     """
 
     prompts: Sequence[str]
@@ -47,6 +48,7 @@ class PassContext:
     progress: Progress = field(default=silent)
     targets: Sequence[Target] = ()
     store: Store | None = None
+    batch: int = 4
 
 
 class Pass(ABC):

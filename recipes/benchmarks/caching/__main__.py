@@ -10,10 +10,10 @@ from pathlib import Path
 
 from compress.errors import PassError, RefusedError
 from recipes.benchmarks import caching_tables
-from recipes.benchmarks.caching.bench import ROOT, Bench, plan_key, sources
-from recipes.benchmarks.caching.measure import measure, timed, untimed
+from recipes.benchmarks.caching.bench import ROOT, Bench, sources
+from recipes.benchmarks.caching.measure import CHECKED, completed, measure, timed, untimed
 from recipes.benchmarks.caching.presets import SAMPLERS, Run, runs
-from recipes.benchmarks.caching.results import Kept, aggregate, newest, verdict
+from recipes.benchmarks.caching.results import Kept, Row, Verdict, aggregate, newest, verdict
 
 BUILD = ROOT / "build" / "caching"
 
@@ -35,8 +35,9 @@ class Work:
             network, rest = speeds[run.model]
             samples = len(bench.prompts)
             for entry in entries:
-                if self.state(run, entry) == "measure":
-                    self._seconds[run, entry] = samples * (run.work(entry) * network + rest) / 1e3
+                made = {"measure": samples, "complete": CHECKED}.get(self.state(run, entry), 0)
+                if made:
+                    self._seconds[run, entry] = made * (run.work(entry) * network + rest) / 1e3
             left = [seconds for (one, _), seconds in self._seconds.items() if one == run]
             print(
                 f"{run}: {len(left)} of {len(entries)} entries to measure, about {sum(left) / 60:.0f} min", flush=True
@@ -46,18 +47,16 @@ class Work:
         print(f"about {sum(self._seconds.values()) / 60:.0f} min in all, without exports and timing", flush=True)
         self._expected = self._spent = 0.0
 
-    def state(self, run: Run, entry: str) -> str:
-        """`keep`, `compare` or `measure`; a full run also needs its arrays."""
-        against = None
-        if entry != "full":
-            if self.state(run, "full") == "measure":
-                return "measure"
-            against = (self.bench.kept.row(run, "full") or {})["plan"]
-        elif not all(
-            self.bench.kept.file(run, kind, entry, ".npy").exists()
-            for kind in ("latents", "pictures", "features", "hits")
-        ):
+    def state(self, run: Run, entry: str) -> Verdict:
+        """See `verdict`; a full run also needs its arrays."""
+        if entry == "full":
+            found = verdict(self.bench.kept.row(run, entry), self.bench.inputs(run, entry, None), sources())
+            needed = ("latents",) if found == "complete" else ("latents", "pictures", "features", "hits")
+            there = all(self.bench.kept.file(run, kind, entry, ".npy").exists() for kind in needed)
+            return found if there else "measure"
+        if self.state(run, "full") == "measure":
             return "measure"
+        against = (self.bench.kept.row(run, "full") or {})["plan"]
         return verdict(self.bench.kept.row(run, entry), self.bench.inputs(run, entry, against), sources())
 
     def do(self, run: Run, entry: str) -> None:
@@ -69,7 +68,8 @@ class Work:
         against = None if entry == "full" else (self.bench.kept.row(run, "full") or {})["plan"]
         began = time.perf_counter()
         try:
-            row = measure(self.bench, run, entry, self.bench.inputs(run, entry, against))
+            row = self._complete(run, entry) if state == "complete" else None
+            row = row or measure(self.bench, run, entry, self.bench.inputs(run, entry, against))
         except Exception:
             if entry == "full":
                 raise
@@ -86,11 +86,20 @@ class Work:
         said = row.get("refused") or ("done" if psnr is None else f"{psnr['value']:.2f} dB")
         print(f"{run} {entry}: {said}, {took:.1f} s, {len(self._seconds)} left, {rest:.0f} min", flush=True)
 
+    def _complete(self, run: Run, entry: str) -> Row | None:
+        """The result of PyTorch with its engine; None where that gives something else."""
+        row = self.bench.kept.row(run, entry)
+        try:
+            return None if row is None else completed(self.bench, run, row)
+        except PassError as error:
+            print(f"{run} {entry}: {error}; it is measured on the engine", flush=True)
+            return None
+
     def _same(self, run: Run, entry: str) -> bool:
         """Whether the changed code still makes the plan that was measured."""
         row = self.bench.kept.row(run, entry)
         try:
-            same = row is not None and plan_key(self.bench.prepared(run, entry)) == row["plan"]
+            same = row is not None and self.bench.made_again(run, entry)
         except (RefusedError, PassError):
             return False
         if same and row is not None:

@@ -31,7 +31,7 @@ from export.runtime import Runtime
 from export.step_plan import Segment, StepPlan
 from export.target import target
 from recipes.benchmarks.caching.presets import PRESETS, SAMPLERS, Run, budget_of, steps_of
-from recipes.benchmarks.caching.results import Kept, key
+from recipes.benchmarks.caching.results import Kept, Row, key
 
 ROOT = Path(__file__).parent.parent.parent.parent
 REFERENCE = ROOT / "recipes" / "reference"
@@ -54,6 +54,7 @@ class Bench:
         scorer: reads attributes and features.
         context: of the passes; their prompts and seeds are disjoint from those of the samples.
         engines: folders opened with `THREADS` threads.
+        batch: samples made at once.
     """
 
     kept: Kept
@@ -63,12 +64,13 @@ class Bench:
     scorer: Scorer
     context: PassContext
     engines: dict[Path, Runtime] = field(default_factory=dict)
+    batch: int = BATCH
 
     @classmethod
     def of(cls, kept: Kept, name: str, models: Sequence[str], samples: int) -> Bench:
         """Load everything."""
         file = REFERENCE / "prompts" / "heldout.jsonl"
-        held_out = read_prompts(file, min(samples, sum(1 for _ in file.open(encoding="utf-8"))))
+        held_out = read_prompts(file, min(samples, len(file.read_bytes().splitlines())))
         calibration = read_prompts(REFERENCE / "prompts" / "calibration.jsonl", CALIBRATION)
         check_disjoint(calibration, held_out)
         texts = [one.text for one in calibration]
@@ -136,7 +138,7 @@ class Bench:
         Raises:
             RefusedError: the plan runs at sizes the model cannot take.
         """
-        layout = None if model.layout is None else model.layout.to_dict()
+        layout = layout_of(model)
         least = round(SIDE * min(step.level for step in planned(model).steps))
         named = layout if least == SIDE and part is None else [layout, least, part]
         folder = self.kept.root / "engines" / name / key(named)
@@ -158,17 +160,40 @@ class Bench:
             self.engines[folder] = Engine.open(folder, self.target, THREADS).runtime
         return self.engines[folder].altered(plan=plan)
 
-    def latents(self, runtime: Runtime) -> np.ndarray:
-        """What a plan makes of the held-out prompts, float32 (samples, channels, h, w)."""
+    def made_again(self, run: Run, entry: str) -> bool:
+        """Whether the entry's plan and layout are still those that are kept, up to the rounding of calibration."""
+        model = self.prepared(run, entry)
+        files = (self.kept.file(run, kind, entry, ".json") for kind in ("plans", "layouts"))
+        if not all(file.exists() for file in files):
+            return False
+        plan, layout = (
+            json.loads(self.kept.file(run, kind, entry, ".json").read_bytes()) for kind in ("plans", "layouts")
+        )
+        return alike(json.loads(planned(model).to_json()), plan) and layout["layout"] == layout_of(model)
+
+    def opened(self, model: LatentDiffusion, name: str) -> tuple[Runtime, Row]:
+        """What runs a prepared model, and what the result says of it.
+
+        Raises:
+            RefusedError: the plan runs at sizes the model cannot take.
+        """
+        folder = self.engine(model, name)
+        return self.runtime(folder, planned(model)), {"engine": folder.name}
+
+    def latents(self, runtime: Runtime, samples: int | None = None) -> np.ndarray:
+        """What a plan makes of the first of the held-out prompts, float32 (samples, channels, h, w)."""
         made = []
-        for first in range(0, len(self.prompts), BATCH):
-            texts = [prompt.text for prompt in self.prompts[first : first + BATCH]]
+        prompts = self.prompts[:samples]
+        for first in range(0, len(prompts), self.batch):
+            texts = [prompt.text for prompt in prompts[first : first + self.batch]]
             made.append(runtime.sample(texts, [FIRST_SEED + first + at for at in range(len(texts))], SIDE, SIDE))
         return np.concatenate(made)
 
     def pictures(self, runtime: Runtime, latents: np.ndarray) -> np.ndarray:
         """Decoded latents, uint8 (samples, height, width, 3)."""
-        return np.concatenate([runtime.decode(latents[at : at + BATCH]) for at in range(0, len(latents), BATCH)])
+        return np.concatenate(
+            [runtime.decode(latents[at : at + self.batch]) for at in range(0, len(latents), self.batch)]
+        )
 
     def speed(self, name: str) -> tuple[float, float]:
         """Milliseconds that a full guided network call, and decoding and scoring, take a sample here, in batches."""
@@ -193,9 +218,33 @@ def planned(model: LatentDiffusion) -> StepPlan:
 
 
 def plan_key(model: LatentDiffusion) -> str:
-    """The key of a plan over a layout: what pictures and times depend on."""
-    layout = None if model.layout is None else model.layout.to_dict()
-    return key([layout, json.loads(planned(model).to_json())])
+    """The key of a plan over a layout: what pictures and times depend on, but for the rounding of a processor."""
+    return key(rounded([layout_of(model), json.loads(planned(model).to_json())]))
+
+
+def layout_of(model: LatentDiffusion) -> Any:
+    """The layout of a model as plain data."""
+    return None if model.layout is None else model.layout.to_dict()
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether plain data is the same, its numbers up to a ten-thousandth, since what devices calibrate is rounded."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(value, other[name]) for name, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, float) and isinstance(other, int | float):
+        return bool(np.isclose(one, other, rtol=1e-4, atol=1e-12))
+    return bool(one == other)
+
+
+def rounded(value: Any) -> Any:
+    """Plain data with its floats to nine significant digits: processors differ in the last ones."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list) else value
 
 
 def sources() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 
 from compress.doctor import processor_name
 from compress.errors import PassError, RefusedError
+from compress.families.layout import Layout
 from compress.measure import metrics
 from compress.measure.latency import Contestant, interleave
 from compress.model.latent_diffusion import LatentDiffusion
@@ -19,11 +21,15 @@ from export import conditioning
 from export.engine import Engine
 from export.runtime import Runtime
 from export.step_plan import StepPlan
-from recipes.benchmarks.caching.bench import FIRST_SEED, SIDE, Bench, plan_key, planned, sources
+from recipes.benchmarks.caching.bench import FIRST_SEED, SIDE, Bench, layout_of, plan_key, planned, sources
 from recipes.benchmarks.caching.presets import PRESETS, SAMPLERS, Run
-from recipes.benchmarks.caching.results import Kept, Row, write
+from recipes.benchmarks.caching.results import Kept, Row, encoded, write
 
 ROUNDS = 9
+CHECKED = 8
+"""Samples that the engine of a plan makes again where PyTorch made all."""
+DEPARTURE = 1e-3
+"""Of the norm of the latents of those; rounding grows over the steps of a sampler."""
 
 
 def measure(bench: Bench, run: Run, entry: str, inputs: str) -> Row:
@@ -51,18 +57,19 @@ def measure(bench: Bench, run: Run, entry: str, inputs: str) -> Row:
     }
     try:
         model = bench.prepared(run, entry)
-        folder = bench.engine(model, run.model)
+        runtime, how = bench.opened(model, run.model)
     except RefusedError as error:
         return row | {"refused": str(error)}
     except PassError as error:
         return row | {"refused": f"fails its own check: {error}"}
-    plan = planned(model)
-    write(bench.kept.file(run, "plans", entry, ".json"), plan.to_json().encode())
-    runtime = bench.runtime(folder, plan)
-    row |= described(model) | {"plan": plan_key(model), "engine": folder.name}
+    write(bench.kept.file(run, "plans", entry, ".json"), planned(model).to_json().encode())
+    write(bench.kept.file(run, "layouts", entry, ".json"), encoded({"layout": layout_of(model)}))
+    row |= described(model) | {"plan": plan_key(model)} | how
     latents = bench.latents(runtime)
     if not np.isfinite(latents).all():
         return row | {"refused": "its latents are not finite"}
+    if "engine" not in how:
+        bench.kept.put_array(run, "samples", entry, latents[:CHECKED])
     pictures = bench.pictures(runtime, latents)
     if entry == "full":
         made = judged(bench, latents, pictures)
@@ -70,6 +77,34 @@ def measure(bench: Bench, run: Run, entry: str, inputs: str) -> Row:
             bench.kept.put_array(run, kind, entry, array)
         return row | made.row
     return row | judged(bench, latents, pictures, lambda kind: bench.kept.array(run, kind)).row
+
+
+def completed(bench: Bench, run: Run, row: Row) -> Row:
+    """A result that PyTorch computed, with the engine of its plan, once that gives the same latents.
+
+    Args:
+        bench: what is shared.
+        run: the sampler of a model.
+        row: has `computed` and no `engine`; its plan, layout and first latents are kept, or all latents of `full`.
+
+    Raises:
+        PassError: the engine departs from PyTorch by more than `DEPARTURE`.
+    """
+    entry = row["entry"]
+    model = bench.prepared(run, "full")
+    model.step_plan = StepPlan.from_json(bench.kept.file(run, "plans", entry, ".json").read_text(encoding="utf-8"))
+    layout = json.loads(bench.kept.file(run, "layouts", entry, ".json").read_bytes())["layout"]
+    model.layout = None if layout is None else Layout.from_dict(layout)
+    runtime, how = bench.opened(model, run.model)
+    kept = bench.kept.array(run, "latents" if entry == "full" else "samples", entry)
+    expected = kept[:CHECKED]
+    departure = float(np.linalg.norm(bench.latents(runtime, len(expected)) - expected) / np.linalg.norm(expected))
+    if departure > DEPARTURE:
+        raise PassError(f"the engine departs from PyTorch by {departure:.1e} of the latents")
+    if entry == "full":
+        for kind, array in judged(bench, kept, bench.pictures(runtime, kept)).arrays.items():
+            bench.kept.put_array(run, kind, entry, array)
+    return row | how | {"departure": departure, "processor": processor_name()}
 
 
 def described(model: LatentDiffusion) -> Row:

@@ -44,9 +44,9 @@ class Kept:
         """Keep a result."""
         write(self.file(run, "results", row["entry"], ".json"), encoded(row))
 
-    def array(self, run: Run, kind: str) -> np.ndarray:
-        """An array of the full run."""
-        return np.load(self.file(run, kind, "full", ".npy"), allow_pickle=False)
+    def array(self, run: Run, kind: str, entry: str = "full") -> np.ndarray:
+        """An array of an entry."""
+        return np.load(self.file(run, kind, entry, ".npy"), allow_pickle=False)
 
     def put_array(self, run: Run, kind: str, entry: str, array: np.ndarray) -> None:
         """Keep an array, which appears whole or not at all."""
@@ -83,17 +83,23 @@ def key(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def verdict(row: Mapping[str, Any] | None, inputs: str, sources: str) -> Literal["keep", "compare", "measure"]:
+Verdict = Literal["keep", "compare", "complete", "measure"]
+
+
+def verdict(row: Mapping[str, Any] | None, inputs: str, sources: str) -> Verdict:
     """Whether a result still stands.
 
     Args:
         row: the result, if there is one.
         inputs: the key of all that was asked; another one means to measure.
         sources: the hash of the code; with another one the result stands if the plan is still the same; a searched
-            plan, which never is, stands by the code of the search, among the inputs.
+            plan, which never is, stands by the code of the search, among the inputs. A result of PyTorch stands
+            once an engine completes it.
     """
     if row is None or row.get("inputs") != inputs:
         return "measure"
+    if "computed" in row and "engine" not in row and "refused" not in row:
+        return "complete"
     if row.get("sources") == sources or budget_of(row["entry"]) is not None:
         return "keep"
     return "measure" if "refused" in row else "compare"
