@@ -14,6 +14,7 @@ import numpy as np
 from export.backends import LoadedGraph, TensorSpec, available, backend
 from export.conditioning import PromptError
 from export.errors import EngineError
+from export.loop import Joined
 from export.manifest import STEP_PLAN, Golden, Manifest, TargetEntry, read_manifest, verify_files
 from export.runtime import LatentSpec, Runtime, RuntimeInputError
 from export.step_plan import StepPlan, StepPlanError
@@ -51,6 +52,7 @@ class Engine:
                 manifest.conditioning,
                 _latent_spec(manifest),
                 {name: Tokenizer.open(folder / path) for name, path in manifest.tokenizers.items()},
+                joined=self._join_paths(graphs),
                 timestep_rank=len(timestep.shape),
                 timestep_dtype=timestep.dtype,
             )
@@ -209,6 +211,20 @@ class Engine:
         if len(set(timesteps)) != 1:
             raise EngineError("the segments of the denoiser do not agree on what a timestep is")
         return timesteps[0]
+
+    def _join_paths(self, graphs: Mapping[str, _Graph]) -> dict[str, Joined]:
+        """Paths of several segments that the runtime would rather run as one graph."""
+        slots = {name for slot in self.plan.slots.values() for name in (slot.tensor, slot.base)}
+        row, found = self.manifest.targets[self.target], {}
+        for path, names in self.plan.paths.items():
+            if len(names) < 2 or any(row.options.get(name) != row.options.get(names[0]) for name in names):
+                continue
+            made = [tensor for name in names for tensor in self.plan.segments[name].outputs]
+            outputs = tuple(tensor for tensor in made if tensor in slots or tensor == self.plan.output)
+            whole = backend(row.backend).joined([graphs[name].loaded() for name in names], outputs)
+            if whole is not None:
+                found[path] = Joined(whole, outputs)
+        return found
 
     def _size(self, name: str, asked: int | None) -> int:
         low, best, high = self.manifest.shapes[name]

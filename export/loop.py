@@ -12,15 +12,36 @@ from export.guidance import guide
 from export.memory import Fallback
 from export.network import Network
 from export.plan_rows import Step
-from export.program import PartFunction, Row, look_up
+from export.program import Joined, PartFunction, Row, look_up
 from export.resample import level_size, risen
 from export.slots import Slots
 from export.step_plan import StepPlan
 
-__all__ = ["Draw", "Fallback", "Inpainting", "Loop", "OnStep", "PartFunction", "Row", "look_up", "noised"]
+__all__ = [
+    "Draw",
+    "Fallback",
+    "Inpainting",
+    "Joined",
+    "Loop",
+    "OnStep",
+    "PartFunction",
+    "Revise",
+    "Row",
+    "look_up",
+    "noised",
+]
 
 OnStep = Callable[[int, np.ndarray, dict[str, np.ndarray]], None]
 """Called with (row, latents after it, its tensors: inputs and everything computed, both guidance halves)."""
+
+Lags = Mapping[int, np.ndarray]
+"""Lag -> array, 0 the newest; good until the next row."""
+
+Revise = Callable[[int, Step, Lags, Lags], Step]
+"""Called before the update of a row with (row, its step, latents, guided network outputs); gives the step to take.
+
+Its coefficients may have the lags of the given step. This is how updates are fitted while they run.
+"""
 
 Draw = Callable[[int, tuple[int, ...]], np.ndarray]
 """Standard-normal noise by (draw number, shape); row k draws number k + 1, see `export.noise` and `export.resample`."""
@@ -68,6 +89,7 @@ class Loop:
         inpainting: Inpainting | None = None,
         on_step: OnStep | None = None,
         size: tuple[int, int] | None = None,
+        revise: Revise | None = None,
     ) -> np.ndarray:
         """Run all rows.
 
@@ -81,6 +103,7 @@ class Loop:
                 (samples,), and `gate_full`, the samples that took the full path (samples,) bool; tensors that
                 were computed for some samples alone are left out there.
             size: height and width of the latent at level 1; None where no row has another level.
+            revise: see `Revise`.
 
         Returns:
             The latents after the last row.
@@ -112,6 +135,8 @@ class Loop:
                 if on_step is not None and len(called) > 1:
                     network.give_latent(at, result, state.latents[0])
                 guide(result.halves, step, state.outputs.push())
+                if revise is not None:
+                    step = revise(at, step, state.latents.by_lag(), state.outputs.by_lag())
                 after = state.update(step, draw(at + 1, state.shape) if step.noise else None)
                 if inpainting is not None:
                     following = self._rows[at + 1].step if at + 1 < len(self._rows) else None
@@ -167,6 +192,10 @@ class _History:
 
     def __getitem__(self, lag: int) -> np.ndarray:
         return self._kept[lag]
+
+    def by_lag(self) -> dict[int, np.ndarray]:
+        """All of them."""
+        return dict(enumerate(self._kept))
 
 
 def _keep(inpainting: Inpainting, following: Step | None, latents: np.ndarray) -> None:

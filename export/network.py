@@ -126,7 +126,7 @@ class Network:
         if fault is not None:
             self.fallbacks.append(fault)
             return [self._full_instead(at, row)]
-        return [self._gated(at, row, found) if row.step.gated else self._as_written(at, row, found)]
+        return [self._gated(at, row, found) if row.step.gated else self._as_written(at, row, found, wanted)]
 
     def give_latent(self, at: int, called: Called, latent: np.ndarray) -> None:
         """Add to the tensors of a row in a span what it would have been called with."""
@@ -134,12 +134,13 @@ class Network:
         for kind, tensors in zip(_PARTS[self._rows[at].halves], called.parts, strict=True):
             tensors[self._latent_input] = self._batch[: self._size(kind)]
 
-    def _as_written(self, at: int, row: Row, found: Found) -> Called:
+    def _as_written(self, at: int, row: Row, found: Found, wanted: bool) -> Called:
+        calls = row.calls if wanted else row.fast
         parts = []
         opened: Tensors = {}
         for kind in _PARTS[row.halves]:
             tensors = self._inputs(row, kind)
-            self._through(row, row.calls, row.late, tensors, found, kind)
+            self._through(row, calls, row.late, tensors, found, kind)
             if row.writes:
                 self._memory.store(row.writes, tensors, kind, at, row, opened)
             parts.append(tensors)

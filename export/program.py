@@ -62,12 +62,21 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """All segments of a path as one function, which gives fewer of the tensors: see `export.backends.Backend`."""
+
+    function: PartFunction
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One row of a plan with its names looked up.
 
     Attributes:
         step: the row itself.
         calls: its segments in order; none where the network output comes from a slot.
+        fast: what gives as much as is needed of them, joined where it can be.
         halves: which guidance halves run, and how.
         reads: all slots read.
         late: those of them that no segment waits for.
@@ -82,6 +91,7 @@ class Row:
 
     step: Step
     calls: tuple[Call, ...]
+    fast: tuple[Call, ...]
     halves: Batching
     reads: tuple[Read, ...]
     late: tuple[Read, ...]
@@ -99,8 +109,16 @@ class Row:
         return self.halves != "conditional"
 
 
-def look_up(plan: StepPlan, functions: Mapping[str, PartFunction]) -> list[Row]:
-    """Resolve the names of every row. A row that reads an output slot runs no segment."""
+def look_up(
+    plan: StepPlan, functions: Mapping[str, PartFunction], joined: Mapping[str, Joined] | None = None
+) -> list[Row]:
+    """Resolve the names of every row. A row that reads an output slot runs no segment.
+
+    Args:
+        plan: the plan.
+        functions: by segment name.
+        joined: by path name.
+    """
     full, _ = _calls(plan, plan.paths[plan.full_path], functions, ())
     fillable = _fillable(plan)
     rows: list[Row] = []
@@ -111,13 +129,16 @@ def look_up(plan: StepPlan, functions: Mapping[str, PartFunction]) -> list[Row]:
         skipped = any(plan.slots[name].kind == "output" for name in step.read)
         calls, late = _calls(plan, () if skipped else plan.paths[step.path], functions, reads)
         end = max(end, at + step.span)
+        writes = tuple(_write(name, plan.slots[name], origin) for name in step.write)
+        whole = None if skipped or late or joined is None else joined.get(step.path)
         row = Row(
             step=step,
             calls=calls,
+            fast=calls if whole is None else _joined(plan, calls, writes, whole),
             halves=halves,
             reads=reads,
             late=late,
-            writes=tuple(_write(name, plan.slots[name], origin) for name in step.write),
+            writes=writes,
             full=full,
             fills=tuple(_write(name, plan.slots[name], origin) for name in fillable),
             span_end=end,
@@ -140,6 +161,19 @@ def _calls(
         waiting = tuple(read for read in waiting if read not in now)
         calls.append(Call(functions[name], segment.inputs, now, segment.outputs))
     return tuple(calls), waiting
+
+
+def _joined(plan: StepPlan, calls: tuple[Call, ...], writes: tuple[Write, ...], whole: Joined) -> tuple[Call, ...]:
+    """One call for all where nothing in between is wanted: no gate watches, and every read can be done before."""
+    made = {name for call in calls for name in call.outputs}
+    reads = tuple(read for call in calls for read in call.reads)
+    wanted = {plan.output, *(name for write in writes for name in (write.tensor, write.base))}
+    if len(calls) < 2 or plan.gate is not None or any(read.base in made for read in reads):
+        return calls
+    if not wanted & made <= set(whole.outputs):
+        return calls
+    inputs = dict.fromkeys(name for call in calls for name in call.inputs if name not in made)
+    return (Call(whole.function, tuple(inputs), reads, whole.outputs),)
 
 
 def _fillable(plan: StepPlan) -> list[str]:

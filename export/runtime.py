@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from export import conditioning as text
-from export.loop import Inpainting, Loop, OnStep, PartFunction, Row, look_up, noised
+from export.loop import Inpainting, Joined, Loop, OnStep, PartFunction, Revise, Row, look_up, noised
 from export.noise import INITIAL, noise
 from export.picture import from_pictures, to_pictures
 from export.resample import RISE, fits, level_size
@@ -54,6 +54,7 @@ class Runtime:
     Attributes:
         fallbacks: how many rows, over all runs, took the full path because a slot could not be read; 0 unless
             something is wrong, since a valid plan reads only what it wrote.
+        joined: whole paths as one function each.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Runtime:
         latent: LatentSpec,
         tokenizers: Mapping[str, text.Encodes] | None = None,
         *,
+        joined: Mapping[str, Joined] | None = None,
         latent_input: str | None = None,
         timestep_rank: int = 1,
         timestep_dtype: str = "float32",
@@ -76,6 +78,7 @@ class Runtime:
             conditioning: how prompts become tensors, see `export.conditioning`.
             latent: what a latent is.
             tokenizers: by the names in `conditioning`.
+            joined: whole paths as one function each, by path name; used where nothing in between is wanted.
             latent_input: the segment input that takes the latent; None takes `sample`, or else `hidden_states`.
             timestep_rank: 1 feeds `timestep` as (batch,), 0 as a scalar.
             timestep_dtype: of `timestep`.
@@ -88,6 +91,7 @@ class Runtime:
         plan.validate(latent_input=self.latent_input)
         self.plan = plan
         self.functions = dict(functions)
+        self.joined = dict(joined or {})
         self.conditioning = dict(conditioning)
         self.latent = latent
         self.tokenizers = dict(tokenizers or {})
@@ -115,6 +119,7 @@ class Runtime:
             self.conditioning,
             self.latent,
             self.tokenizers,
+            joined=self.joined if functions is None else None,
             latent_input=self.latent_input,
             timestep_rank=self._timestep_rank,
             timestep_dtype=self._timestep_dtype.name,
@@ -147,6 +152,7 @@ class Runtime:
         image_latents: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         on_step: OnStep | None = None,
+        revise: Revise | None = None,
     ) -> np.ndarray:
         """Run the loop.
 
@@ -167,6 +173,7 @@ class Runtime:
             mask: inpainting: (samples or 1, 1 or channels, h, w), 1 where to paint, 0 where `image_latents` stay.
             on_step: called after every row with (row, latents after it, every tensor its segments computed, including
                 the raw network output for both guidance halves).
+            revise: see `export.loop.Revise`; for runs that begin at row 0.
 
         Returns:
             float32 latents (samples, channels, h, w).
@@ -200,7 +207,7 @@ class Runtime:
         loop = Loop(plan, rows, self.latent_input, self._timestep_rank, self._timestep_dtype, slots)
         try:
             return loop.run(
-                first, halves, lambda at, want: draw(start + at, want), keep, _shifted(on_step, start), size
+                first, halves, lambda at, want: draw(start + at, want), keep, _shifted(on_step, start), size, revise
             )
         finally:
             self.fallbacks += len(loop.fallbacks)
@@ -308,7 +315,7 @@ class Runtime:
                 plan = started_at(self.plan, start, self.latent_input)
             except StepPlanError as error:
                 raise RuntimeInputError(str(error)) from error
-            self._programs[start] = plan, look_up(plan, self.functions)
+            self._programs[start] = plan, look_up(plan, self.functions, self.joined)
         return self._programs[start]
 
     def _conditioned(

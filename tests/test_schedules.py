@@ -141,35 +141,6 @@ def test_every_key_set_fits_any_number_of_calls(name: str) -> None:
         assert rows[-1] < calls
 
 
-@pytest.mark.parametrize(
-    ("name", "mask"),
-    [
-        ("slow", "1111111101110011100110010001"),
-        ("medium", "1111110110001100011000110001"),
-        ("fast", "1111110100010000100000100001"),
-        ("ultra", "1111001000001000000100000001"),
-    ],
-)
-def test_step_mask(name: str, mask: str) -> None:
-    assert schedules.step_mask(name, 28) == [row for row, digit in enumerate(mask) if digit == "1"]
-    doubled = schedules.step_mask(name, 56)
-    assert doubled == sorted({55, *(2 * row + half for row in schedules.step_mask(name, 28) for half in (0, 1))})
-    for calls in range(1, 60):
-        rows = schedules.step_mask(name, calls)
-        assert (rows[0], rows[-1]) == (0, calls - 1)
-        assert rows == sorted(set(rows))
-
-
-def test_a_step_mask_keeps_the_head_of_every_full_run() -> None:
-    assert schedules.step_mask("ultra", 8) == [0, 1, 3, 5, 7]
-    assert schedules.step_mask("fast", 14) == [0, 1, 2, 3, 5, 8, 11, 13]
-
-
-def test_masks_grow_faster_in_the_order_of_their_names() -> None:
-    sizes = [len(schedules.step_mask(name, 28)) for name in ("slow", "medium", "fast", "ultra")]
-    assert sizes == [18, 15, 11, 8]
-
-
 def test_t_gate_of_25_rows() -> None:
     """As for SDXL: self-attention in the warm-up, at multiples of 5, at the gate, and in all rows after it."""
     rows = part_schedules.t_gate(25)
@@ -205,7 +176,6 @@ def test_delta_dit() -> None:
         (lambda: schedules.key_steps("60ls", 50), "'60ls' is not a set of key steps; known are 50ls"),
         (lambda: schedules.key_steps(0, 50), "every is 0"),
         (lambda: schedules.key_steps([0, 50], 50), r"key steps \[50\]"),
-        (lambda: schedules.step_mask("warp", 50), "'warp' is not a step mask; known are slow"),
         (lambda: part_schedules.pyramid([1, 2], 0), "interval is 0"),
         (lambda: part_schedules.t_gate(10, gate=11), "gate is 11"),
         (lambda: part_schedules.t_gate(10, self_interval=0), "interval of self-attention"),

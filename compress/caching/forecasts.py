@@ -69,54 +69,6 @@ def hermite(row: int, done: Sequence[int], order: int, scale: float = 0.5) -> tu
     return _expansion(row, done, order, lambda n, k: scale**n * float(hermval(scale * k, [0.0] * n + [1.0])))
 
 
-def least_squares(
-    gram: np.ndarray, row: int, anchors: Sequence[int], ridge: float = 1e-6
-) -> tuple[tuple[float, ...], float]:
-    """The coefficients that minimise the mean squared error over the features that `gram` was taken of.
-
-    alpha = (G_SS + r I)^-1 g, where S are the anchors, g_j = G_j,row, and r = `ridge` times the mean of the diagonal of
-    G_SS: without it, features that hardly differ get huge coefficients of opposite signs.
-
-    Args:
-        gram: (rows, rows), mean inner products of the features of any two rows.
-        row: where to forecast.
-        anchors: the rows it is forecast from; one coefficient each, in their order.
-        ridge: relative.
-
-    Returns:
-        The coefficients, and their error as `error` gives it.
-
-    Raises:
-        PassError: there are no anchors, or one is out of range.
-    """
-    kept = _check_anchors(gram, row, anchors)
-    inner = gram[np.ix_(kept, kept)]
-    loaded = inner + ridge * np.trace(inner) / len(kept) * np.eye(len(kept))
-    # Equal features leave a singular system where ridge is 0; the shortest solution is as good as any.
-    alphas = tuple(float(alpha) for alpha in np.linalg.lstsq(loaded, gram[kept, row], rcond=None)[0])
-    return alphas, error(gram, row, anchors, alphas)
-
-
-def error(gram: np.ndarray, row: int, anchors: Sequence[int], alphas: Sequence[float]) -> float:
-    """The mean squared error of a forecast: E |z_row - sum_j alpha_j z_j|^2 = G_ii - 2 alpha g + alpha G_SS alpha.
-
-    Args:
-        gram: (rows, rows), mean inner products of the features of any two rows.
-        row: the row that is forecast.
-        anchors: the rows it is forecast from.
-        alphas: one coefficient per anchor, in their order; where there are fewer, they are of the first anchors.
-
-    Raises:
-        PassError: there are no anchors, one is out of range, or there are more coefficients than anchors.
-    """
-    kept = _check_anchors(gram, row, anchors)
-    if len(alphas) > len(kept):
-        raise PassError(f"{len(alphas)} coefficients for {len(kept)} anchors")
-    kept, weights = kept[: len(alphas)], np.asarray(alphas, float)
-    value = gram[row, row] - 2.0 * weights @ gram[kept, row] + weights @ gram[np.ix_(kept, kept)] @ weights
-    return max(float(value), 0.0)  # rounding alone makes a squared length negative
-
-
 def _expansion(row: int, done: Sequence[int], order: int, polynomial: Callable[[int, int], float]) -> tuple[float, ...]:
     """The recursion of the factors, run on unit vectors in place of features: a forecast is linear in them."""
     _check_history(row, done)
@@ -136,11 +88,3 @@ def _expansion(row: int, done: Sequence[int], order: int, polynomial: Callable[[
 def _check_history(row: int, done: Sequence[int]) -> None:
     if not done or any(early >= late for early, late in zip(done, (*done[1:], row), strict=True)):
         raise PassError(f"{list(done)} are not full rows in ascending order before row {row}")
-
-
-def _check_anchors(gram: np.ndarray, row: int, anchors: Sequence[int]) -> list[int]:
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise PassError(f"a Gram matrix is square, not of shape {gram.shape}")
-    if not anchors or not all(0 <= index < len(gram) for index in (row, *anchors)):
-        raise PassError(f"row {row} and anchors {list(anchors)} are not among the {len(gram)} rows of the Gram matrix")
-    return list(anchors)

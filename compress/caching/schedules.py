@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain, count, pairwise, takewhile
+from itertools import count, pairwise, takewhile
 
 import numpy as np
 
@@ -24,14 +24,6 @@ KEY_STEPS: dict[str, tuple[int, tuple[int, ...]]] = {
     "100ls": (100, tuple(row for row in range(100) if row < 10 or row > 85 or row % 5 == 0)),
 }
 """The named key sets of Faster Diffusion (Li et al. 2023, arXiv 2312.09608): for how many rows, and which."""
-
-STEP_MASKS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
-    "medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
-    "fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
-    "ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
-}
-"""The static step masks of cache-dit for 28 rows: runs of full rows, and the runs of cached rows between them."""
 
 
 def uniform(calls: int, interval: int, warmup: int = 1) -> list[int]:
@@ -119,29 +111,6 @@ def key_steps(keys: str | int | Sequence[int], calls: int) -> list[int]:
     if outside := [row for row in keys if not 0 <= row < calls]:
         raise RefusedError(f"key steps {outside} are not among the {calls} rows: give rows from 0 to {calls - 1}")
     return sorted({0, *keys})
-
-
-def step_mask(name: str, calls: int) -> list[int]:
-    """The static mask of cache-dit of that name, stretched in proportion from 28 rows to `calls`.
-
-    A row is full where the row of the 28 it falls on is. The first row of each full run is full at any number of rows;
-    the last run is the last row of all.
-
-    Raises:
-        RefusedError: the name is unknown.
-    """
-    _at_least_one(calls=calls)
-    if name not in STEP_MASKS:
-        raise RefusedError(f"{name!r} is not a step mask; known are {', '.join(STEP_MASKS)}")
-    full, cached = STEP_MASKS[name]
-    mask: list[bool] = []
-    starts = []
-    for run, pause in zip(full, (*cached, 0), strict=True):
-        starts.append(len(mask))
-        mask += chain([True] * run, [False] * pause)
-    total = len(mask)
-    falls_on_full = (row for row in range(calls) if mask[row * total // calls])
-    return sorted({*falls_on_full, *(start * calls // total for start in starts)})
 
 
 def _signed(base: float, exponent: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,13 +13,14 @@ class Candidate:
         full: per network call, whether it runs the full path.
         cut: where the denoiser is cut; None where every call is full.
         damping: factor on the slope of the linear forecast; 0 is reuse.
-        times: the timesteps of the calls; None leaves them to the scheduler, spaced as it spaces that many steps.
+        points: the rows of the uncached run at whose timesteps the calls are made, the first of them 0; their updates
+            are fitted. None leaves steps and updates to the scheduler.
     """
 
     full: tuple[bool, ...]
     cut: int | None = None
     damping: float = 1.0
-    times: tuple[float, ...] | None = None
+    points: tuple[int, ...] | None = None
 
     @property
     def calls(self) -> int:
@@ -39,7 +39,7 @@ class Candidate:
 
 
 def fewer_steps(calls: int) -> Candidate:
-    """Every call full."""
+    """Every call full, at the scheduler's own steps."""
     return Candidate((True,) * calls)
 
 
@@ -60,18 +60,3 @@ def spread(calls: int, full_calls: int, warmup: int, power: float = 1.0) -> tupl
             place = place + 1 if place + 1 < calls else min(row for row in range(calls) if row not in chosen)
         chosen.add(place)
     return tuple(row in chosen for row in range(calls))
-
-
-def shifted(times: Sequence[float], at: int, share: float) -> tuple[float, ...] | None:
-    """The timesteps with one moved by a share of the gap towards its later (share > 0) or earlier neighbour.
-
-    None where it is the first, which the noise is made for, or nothing is left between its neighbours.
-    """
-    if not 0 < at < len(times):
-        return None
-    later = times[at + 1] if at + 1 < len(times) else 0.0
-    towards = later if share > 0 else times[at - 1]
-    moved = times[at] + abs(share) * (towards - times[at])
-    if not times[at - 1] > moved > later:
-        return None
-    return (*times[:at], moved, *times[at + 1 :])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,10 +18,12 @@ from compress.errors import RefusedError
 from compress.families.base import SHALLOW
 from compress.measure.metrics import latent_peak, psnr_per_sample
 from compress.optimise.candidate import Candidate, fewer_steps
+from compress.optimise.points import EMPHASES, best_points, point_errors
+from compress.optimise.trajectory import Fit, Trajectory, update, watched
 from compress.sampler import compile_sampler
 from export.backends import available
 from export.engine import Engine
-from export.step_plan import Segment, StepPlan
+from export.step_plan import Segment, StepPlan, Update
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,11 +33,14 @@ if TYPE_CHECKING:
     from compress.passes.base import PassContext
     from export.runtime import Runtime
 
-BATCH = 16
-WARMED = (8, 16)
-"""Batches that graphs are compiled for before anything is searched."""
+MOST, LEAST = 32, 4
+"""Calibration noises: as many, unless the model is slow."""
+RUNS = 0.5
+"""Of the search's time: what one uncached run of all of them may take, one thread and one picture at a time."""
 HELD_OUT = 1 << 20
 """Seeds of the held-out noises begin so far above those of calibration."""
+STATES, OUTPUTS = 2, 3
+"""Latents and network outputs that a fitted update combines, the current ones included."""
 ROUNDS = 9
 _CALLS = 6
 
@@ -71,9 +77,11 @@ class Lab:
         plan: of that sampler.
         benches: cut -> its graphs; None is uncut.
         prompts, height, width: of the pictures.
-        compiled: (calls, times) -> the sampler compiled for them.
-        exact_times: whether the scheduler takes timesteps as they are given.
+        seed: of the calibration noises.
+        samples: calibration noises; candidates that are not promising are judged on a quarter of them.
+        compiled: calls -> the sampler compiled for them.
         references: noises -> what the whole run makes of them.
+        fits: candidate -> its plan, fitted on all calibration noises.
     """
 
     model: LatentDiffusion
@@ -82,52 +90,96 @@ class Lab:
     prompts: Sequence[str]
     height: int
     width: int
-    compiled: dict[tuple[int, tuple[float, ...] | None], StepPlan] = field(default_factory=dict)
-    exact_times: bool = False
+    seed: int = 0
+    samples: int = MOST
+    compiled: dict[int, StepPlan] = field(default_factory=dict)
     references: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    fits: dict[Candidate, StepPlan] = field(default_factory=dict)
 
     @property
     def full_ms(self) -> float:
         """Milliseconds of the whole uncached run."""
         return self.benches[None].times.full * self.plan.network_calls
 
+    @property
+    def few(self) -> int:
+        """Calibration noises for a first look."""
+        return max(2, self.samples // 4)
+
+    @property
+    def every(self) -> int:
+        """Points may be multiples of this: a sampler of order 2 makes trial calls in between."""
+        return int(self.plan.key.get("order", 1))
+
+    @property
+    def fitting(self) -> bool:
+        """Whether updates can be fitted: a run that draws noise on the way leads nowhere in particular."""
+        return not any(step.noise for step in self.plan.steps)
+
+    @functools.cached_property
+    def trajectory(self) -> Trajectory:
+        """The uncached run of the calibration noises."""
+        runtime = self.benches[None].runtime.altered(plan=self.plan)
+        return watched(lambda see: runtime.sample(*self._noises(self.seed, self.samples), revise=see))
+
+    @functools.cached_property
+    def kept_points(self) -> list[list[tuple[int, ...]]]:
+        """For every emphasis, the best points of the uncached run by their number, from 1 on."""
+        errors = point_errors(self.trajectory, self.every)
+        return [best_points(errors, self.trajectory.rows, emphasis) for emphasis in EMPHASES]
+
     def latency(self, candidate: Candidate) -> float:
         """Milliseconds of a candidate's network calls and updates, from the measured times of its paths."""
         times = self.benches[candidate.cut].times
         return candidate.full_calls * times.full + (candidate.calls - candidate.full_calls) * times.cached
 
-    def sampler(self, calls: int, times: tuple[float, ...] | None) -> StepPlan:
-        """The model's own sampler with other steps, uncached.
+    def sampler(self, calls: int) -> StepPlan:
+        """The model's own sampler with another number of steps, uncached.
 
         Raises:
             RefusedError: the scheduler does not take them.
         """
-        key = (calls, times)
-        if key not in self.compiled:
+        if calls not in self.compiled:
             own = self.plan.key
-            order = int(own.get("order", 1))
-            options: dict[str, Any] = dict(own.get("options") or {})
-            if times is not None:
-                options["timesteps"] = list(times)
-            self.compiled[key] = compile_sampler(
+            self.compiled[calls] = compile_sampler(
                 own["scheduler"],
                 self.model.scheduler_config,
-                -(-calls // order),
+                -(-calls // self.every),
                 own["guidance_scale"],
                 own["guidance_interval"],
                 segments=self.plan.segments,
                 paths=self.plan.paths,
-                options=options,
+                options=own.get("options") or {},
             )
-        return self.compiled[key]
+        return self.compiled[calls]
 
     def build(self, candidate: Candidate) -> tuple[Layout | None, StepPlan]:
-        """The layout and the step plan of a candidate.
+        """The layout and the step plan of a candidate, fitted on all calibration noises where it has points.
 
         Raises:
             RefusedError: the scheduler does not take its steps.
         """
-        plan = self.sampler(candidate.calls, candidate.times)
+        layout, plan = self._drawn(candidate)
+        if candidate.points is None:
+            return layout, plan
+        if candidate not in self.fits:
+            self._fitted(candidate, self.samples)
+        return layout, self.fits[candidate]
+
+    def _fitted(self, candidate: Candidate, samples: int) -> np.ndarray:
+        """What a candidate with points makes of the first calibration noises while its updates are fitted on them."""
+        _, plan = self._drawn(candidate)
+        states, points = self.trajectory.first(samples), candidate.points or ()
+        fit = Fit([states[after] for after in (*points[1:], self.trajectory.rows)])
+        made = self._runtime(candidate, plan).sample(*self._noises(self.seed, samples), revise=fit)
+        if samples == self.samples:
+            self.fits[candidate] = replace(plan, steps=tuple(fit.steps))
+        return made
+
+    def _drawn(self, candidate: Candidate) -> tuple[Layout | None, StepPlan]:
+        """The layout and the plan before anything is fitted."""
+        points = candidate.points
+        plan = self.sampler(candidate.calls) if points is None else self._thinned(points)
         bench = self.benches[candidate.cut]
         if bench.layout is None or all(candidate.full):
             return None, plan
@@ -135,19 +187,53 @@ class Lab:
         slots = {name: replace(slot, history=forecast.history) for name, slot in bench.layout.slots.items()}
         layout = replace(bench.layout, slots=slots)
         chosen = [row for row, full in enumerate(candidate.full) if full]
-        steps = cached_steps(plan.steps, layout, rows_on(chosen, candidate.calls, SHALLOW), forecast)
+        rows = range(candidate.calls) if points is None else points
+
+        def at_points(row: int, done: Sequence[int]) -> tuple[float, ...]:
+            return tuple(forecast(rows[row], [rows[earlier] for earlier in done]))
+
+        steps = cached_steps(plan.steps, layout, rows_on(chosen, candidate.calls, SHALLOW), at_points)
         return layout, over(self.model, layout, replace(plan, steps=tuple(steps)))
+
+    def _thinned(self, points: tuple[int, ...]) -> StepPlan:
+        """The uncached plan at some of its points, with updates that lead along the calibration run."""
+        run, ends = self.trajectory, (*points[1:], self.trajectory.rows)
+
+        def updates(start: int, stop: int) -> list[Update]:
+            known = [(points[start : row + 1], ends[row]) for row in range(start, min(stop, len(points)))]
+            return [update(run, kept, after, STATES, OUTPUTS) for kept, after in known]
+
+        steps = [
+            replace(self.plan.steps[point], x=own.x, m=own.m)
+            for point, own in zip(points, updates(0, len(points)), strict=True)
+        ]
+        starts = (
+            {row: tuple(updates(row, row + OUTPUTS - 1)) for row in range(1, len(points))} if self.plan.starts else {}
+        )
+        key = {**self.plan.key, "steps": len(points), "order": 1}
+        return replace(self.plan, steps=tuple(steps), starts=starts, key=key)
+
+    def _runtime(self, candidate: Candidate, plan: StepPlan) -> Runtime:
+        cached = self.benches[candidate.cut].layout is not None and not all(candidate.full)
+        return self.benches[candidate.cut if cached else None].runtime.altered(plan=plan)
+
+    def _noises(self, seed: int, samples: int) -> tuple[list[str], list[int], int, int]:
+        """Prompts, seeds and size of some noises."""
+        prompts = [self.prompts[at % len(self.prompts)] for at in range(samples)]
+        return prompts, [seed + at for at in range(samples)], self.height, self.width
 
     def latents(self, candidate: Candidate, seed: int, samples: int) -> np.ndarray:
         """What a candidate makes of `samples` noises."""
-        layout, plan = self.build(candidate)
-        runtime = self.benches[candidate.cut if layout is not None else None].runtime.altered(plan=plan)
-        made = []
-        for first in range(0, samples, BATCH):
-            count = min(BATCH, samples - first)
-            prompts = [self.prompts[(first + i) % len(self.prompts)] for i in range(count)]
-            made.append(runtime.sample(prompts, [seed + first + i for i in range(count)], self.height, self.width))
-        return np.concatenate(made)
+        runtime = self._runtime(candidate, self.build(candidate)[1])
+        prompts, seeds, height, width = self._noises(seed, samples)
+        parts = [slice(first, first + self.samples) for first in range(0, samples, self.samples)]
+        return np.concatenate([runtime.sample(prompts[part], seeds[part], height, width) for part in parts])
+
+    def calibrated(self, candidate: Candidate, samples: int) -> np.ndarray:
+        """As `decibels`, on the first calibration noises, and fitted on these alone."""
+        if candidate.points is None:
+            return self.decibels(candidate, self.seed, samples)
+        return _compared(self.trajectory.first(samples)[-1], self._fitted(candidate, samples))
 
     def decibels(self, candidate: Candidate, seed: int, samples: int) -> np.ndarray:
         """The latent PSNR of every sample against the whole run of the same noise, in dB (samples,)."""
@@ -155,13 +241,17 @@ class Lab:
         if known is None:
             known = self.latents(fewer_steps(self.plan.network_calls), seed, samples)
             self.references[seed, samples] = known
-        made = self.latents(candidate, seed, samples)
-        if not np.isfinite(made).all():
-            return np.zeros(samples)
-        return psnr_per_sample(known, made, latent_peak(known))
+        return _compared(known, self.latents(candidate, seed, samples))
 
 
-def open_lab(model: LatentDiffusion, cuts: Iterable[int], context: PassContext, folder: Path) -> Lab:
+def _compared(known: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """The PSNR of every sample, in dB (samples,); zeros where something is not finite."""
+    if not np.isfinite(made).all():
+        return np.zeros(len(made))
+    return psnr_per_sample(known, made, latent_peak(known))
+
+
+def open_lab(model: LatentDiffusion, cuts: Iterable[int], context: PassContext, folder: Path, seconds: float) -> Lab:
     """Export every cut, and time its paths.
 
     Args:
@@ -169,6 +259,7 @@ def open_lab(model: LatentDiffusion, cuts: Iterable[int], context: PassContext, 
         cuts: to consider.
         context: prompts, size, targets and store; the first target that runs here is the one measured on.
         folder: for the graphs; may be deleted when the lab is no longer used.
+        seconds: that a search may take; a slow model is judged on fewer noises.
 
     Raises:
         RefusedError: no target runs here, or there are no prompts.
@@ -180,7 +271,7 @@ def open_lab(model: LatentDiffusion, cuts: Iterable[int], context: PassContext, 
     if not context.prompts:
         raise RefusedError("cache: optimize needs the key calibration, whose prompts it samples")
     layouts = {cut: None if cut is None else model.family.cut_layout(model.denoiser, cut) for cut in (None, *cuts)}
-    sizes = {"batch": (1, 1, 2 * BATCH), "height": (context.height,) * 3, "width": (context.width,) * 3}
+    sizes = {"batch": (1, 1, 2 * MOST), "height": (context.height,) * 3, "width": (context.width,) * 3}
     single: dict[int | None, Runtime] = {}
     runtimes: dict[int | None, Runtime] = {}
     for done, (cut, layout) in enumerate(layouts.items()):
@@ -193,12 +284,12 @@ def open_lab(model: LatentDiffusion, cuts: Iterable[int], context: PassContext, 
     context.progress("export cuts", len(layouts), len(layouts))
     times = _timed(single, layouts, model, plan, context)
     benches = {cut: Bench(layout, runtimes[cut], times[cut]) for cut, layout in layouts.items()}
-    lab = Lab(model, plan, benches, list(context.prompts), context.height, context.width)
+    lab = Lab(model, plan, benches, list(context.prompts), context.height, context.width, context.seed)
+    lab.samples = int(np.clip(RUNS * seconds * 1e3 / lab.full_ms, LEAST, MOST))
     for done, cut in enumerate(benches):
         context.progress("compile cuts for batches", done, len(benches))
-        for samples in WARMED:
+        for samples in (lab.few, lab.samples):
             lab.latents(fewer_steps(2) if cut is None else Candidate((True, True, False), cut), 0, samples)
-    lab.exact_times = _takes_times(lab)
     return lab
 
 
@@ -243,16 +334,3 @@ def _timed(
         rest = full if layout is None else (medians[cut, "cached"] - 2 * full) / (_CALLS - 2)
         found[cut] = Times(full, max(1e-3, rest))
     return found
-
-
-def _takes_times(lab: Lab) -> bool:
-    """Whether timesteps can be given to the scheduler and come back as they are."""
-    if int(lab.plan.key.get("order", 1)) != 1:
-        return False
-    wanted = [step.t for step in lab.sampler(4, None).steps]
-    wanted[1] -= 0.25 * (wanted[1] - wanted[2])
-    try:
-        got = [step.t for step in lab.sampler(4, tuple(wanted)).steps]
-    except RefusedError:
-        return False
-    return bool(np.allclose(got, wanted, rtol=0, atol=0.51))

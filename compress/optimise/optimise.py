@@ -37,7 +37,7 @@ class Budget:
 
     latency_ratio: float | None = None
     psnr_db: float | None = None
-    seconds: float = 50.0
+    seconds: float = 40.0
 
 
 def optimise(model: LatentDiffusion, budget: Budget, context: PassContext) -> tuple[Layout | None, StepPlan]:
@@ -50,7 +50,7 @@ def optimise(model: LatentDiffusion, budget: Budget, context: PassContext) -> tu
         RefusedError: no target runs here, or nothing reaches what was asked.
     """
     with tempfile.TemporaryDirectory(prefix="optimise-") as folder:
-        lab = open_lab(model, candidate_cuts(model), context, Path(folder))
+        lab = open_lab(model, candidate_cuts(model), context, Path(folder), budget.seconds)
         if budget.latency_ratio is not None:
             finding = _search(lab, budget.latency_ratio, budget.seconds, context)
         else:
@@ -75,7 +75,7 @@ def _search(lab: Lab, ratio: float, seconds: float, context: PassContext) -> Fin
     def told(done: int, left: float) -> None:
         context.progress(f"search at {ratio:.2g} of the latency", max(0, int(seconds - left)), int(seconds))
 
-    search = Search(lab, ratio * lab.full_ms, seconds, context.seed, progress=told)
+    search = Search(lab, ratio * lab.full_ms, seconds, progress=told)
     return settle(search, search.run())
 
 
@@ -115,7 +115,7 @@ def _said(lab: Lab, finding: Finding) -> dict[str, Any]:
             "strip": one.strip,
             "cut": one.cut,
             "damping": one.damping,
-            "timesteps": None if one.times is None else [round(t, 2) for t in one.times],
+            "points": None if one.points is None else list(one.points),
         }
 
     simpler = finding.chosen != finding.searched

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
 from compress.errors import RefusedError
-from compress.optimise.candidate import Candidate, fewer_steps, shifted, spread
+from compress.optimise.candidate import Candidate, fewer_steps, spread
 from compress.optimise.lab import HELD_OUT, Lab
 
-FEW, MANY = 8, 32
-"""Samples that seeds and finalists are judged on."""
 FINALISTS = 4
 FIRST = 0.6
 PATIENCE = 200
@@ -38,20 +37,18 @@ class Search:
         lab: judges.
         budget: ms of network calls.
         seconds: the search ends after so many; the first candidates may take `FIRST` of them.
-        seed: of the noises.
         progress: receives (evaluations done, seconds left).
     """
 
     lab: Lab
     budget: float
     seconds: float
-    seed: int
     progress: Callable[[int, float], None] = lambda done, left: None
     evaluations: int = 0
     _known: dict[tuple[Candidate, int], float] = field(default_factory=dict)
 
     def run(self) -> list[Judged]:
-        """The finalists, best first, judged on `MANY` calibration samples.
+        """The finalists, best first, judged on all calibration noises.
 
         Raises:
             RefusedError: not even one full call fits the budget.
@@ -59,14 +56,14 @@ class Search:
         began = time.perf_counter()
         rng = np.random.default_rng(0)
         pool: dict[Candidate, float] = {}
-        for one in self._affordable([*self._simple(), *self._formulas()]):
+        for one in self._affordable([*self.seeds()]):
             if pool and time.perf_counter() - began > FIRST * self.seconds:
                 break
-            pool[one] = self._judge(one, FEW)
+            pool[one] = self.judge(one, self.lab.few)
         if not pool:
             raise RefusedError("not even one network call fits the budget: allow more latency")
         best = sorted(pool, key=pool.__getitem__, reverse=True)[:FINALISTS]
-        final = {one: self._judge(one, MANY) for one in best}
+        final = {one: self.judge(one, self.lab.samples) for one in best}
         stale = 0
         while time.perf_counter() - began < self.seconds and stale < PATIENCE:
             self.progress(self.evaluations, self.seconds - (time.perf_counter() - began))
@@ -77,10 +74,10 @@ class Search:
                 stale += 1
                 continue
             # A move must not lose on few samples before it is tried on many.
-            if self._judge(move, FEW) <= self._judge(base, FEW) - 0.1:
+            if self.judge(move, self.lab.few) <= self.judge(base, self.lab.few) - 0.1:
                 stale += 1
                 continue
-            value = self._judge(move, MANY)
+            value = self.judge(move, self.lab.samples)
             if value > final[base]:
                 final[move] = value
                 stale = 0
@@ -89,12 +86,13 @@ class Search:
         order = sorted(final, key=final.__getitem__, reverse=True)
         return [Judged(one, final[one], self.lab.latency(one)) for one in order]
 
-    def _judge(self, candidate: Candidate, samples: int) -> float:
+    def judge(self, candidate: Candidate, samples: int) -> float:
+        """The quality of a candidate on so many calibration noises, dB; -1 where the scheduler refuses its steps."""
         key = (candidate, samples)
         if key not in self._known:
             self.evaluations += 1
             try:
-                self._known[key] = float(self.lab.decibels(candidate, self.seed, samples).mean())
+                self._known[key] = float(self.lab.calibrated(candidate, samples).mean())
             except RefusedError:
                 self._known[key] = -1.0
         return self._known[key]
@@ -106,12 +104,17 @@ class Search:
         """How many full calls fit."""
         return min(self.lab.plan.network_calls, int(self.budget / self.lab.benches[None].times.full + 1e-9))
 
+    def seeds(self) -> Iterator[Candidate]:
+        """Where the search begins, the most promising first."""
+        yield from self._simple()
+        yield from self._formulas()
+
     def _simple(self) -> Iterator[Candidate]:
-        """Fewer steps, at the scheduler's points and at others, and uniform caching: what a search must beat."""
+        """Fewer steps, at the scheduler's points and at the best ones, and uniform caching: what a search must beat."""
         base = self.steps_in_budget()
         if base >= 1:
             yield fewer_steps(base)
-            yield from self._respaced(fewer_steps(base))
+            yield from self._thinned(fewer_steps(base))
         yield from uniform_caching(self)
 
     def _formulas(self) -> Iterator[Candidate]:
@@ -120,21 +123,17 @@ class Search:
         for cut, bench in self.lab.benches.items():
             if cut is None:
                 continue
-            times = bench.times
-            longest = min(most, int(self.budget / times.cached))
+            longest = min(most, int(self.budget / bench.times.cached))
             for calls in sorted({round(c) for c in np.geomspace(max(3, base + 1), max(3, longest), 6)}):
                 for one in self._filled(calls, cut):
-                    yield one
-                    yield from self._respaced(one)
+                    yield from (*self._thinned(one), one)
 
-    def _respaced(self, base: Candidate) -> Iterator[Candidate]:
-        """The same calls at timesteps that end where the whole run ends, even or denser towards the end."""
-        if not self.lab.exact_times or not 3 <= base.calls < self.lab.plan.network_calls:
-            return
-        first, last = self.lab.plan.steps[0].t, self.lab.plan.steps[-1].t
-        for power in (1.0, 0.9):
-            shares = np.linspace(0.0, 1.0, base.calls) ** power
-            yield replace(base, times=tuple(float(first + share * (last - first)) for share in shares))
+    def _thinned(self, base: Candidate) -> Iterator[Candidate]:
+        """The same calls at the points of the uncached run that a fitted sampler misses least."""
+        if self.lab.fitting:
+            for kept in self.lab.kept_points:
+                if base.calls <= len(kept):
+                    yield replace(base, points=kept[base.calls - 1])
 
     def _filled(self, calls: int, cut: int, powers: Sequence[float] = (1.0,)) -> Iterator[Candidate]:
         full = self._full_calls(calls, cut)
@@ -153,17 +152,27 @@ class Search:
         moves: list[Callable[[Candidate, np.random.Generator], Candidate | None]] = [self._other_calls]
         if base.cut is not None and not all(base.full):
             moves += [_moved_full, _moved_full, _other_damping, self._other_cut]
-        if self.lab.exact_times:
-            moves += [self._other_times, self._other_times]
+        if base.points is not None:
+            moves += [_other_point, _other_point]
         found = moves[int(rng.integers(len(moves)))](base, rng)
-        return found if found is not None and self._affordable([found]) else None
+        return found if found is not None and self._possible(found) and self._affordable([found]) else None
+
+    def _possible(self, candidate: Candidate) -> bool:
+        """Whether its points are rows of the uncached run with states of their own, in order."""
+        points = candidate.points
+        if points is None:
+            return True
+        ascending = all(before < after for before, after in pairwise((*points, self.lab.plan.network_calls)))
+        return ascending and not any(point % self.lab.every for point in points)
 
     def _other_calls(self, base: Candidate, rng: np.random.Generator) -> Candidate | None:
-        """One call more or less, the full ones as the budget allows; timesteps are the scheduler's own again."""
+        """One call more or less, the full ones as the budget allows, at points chosen anew."""
         calls = base.calls + (1 if rng.random() < 0.5 else -1)
         if base.cut is None or not 3 <= calls <= self.lab.plan.network_calls:
             return None
-        options = list(self._filled(calls, base.cut, (1.0, 1.2, 1.4)))
+        options = [*self._filled(calls, base.cut, (1.0, 1.2, 1.4))]
+        if base.points is not None:
+            options = [one for option in options for one in self._thinned(option)]
         if not options:
             return None
         return replace(options[int(rng.integers(len(options)))], damping=base.damping)
@@ -174,14 +183,17 @@ class Search:
             return None
         cut = cuts[int(rng.integers(len(cuts)))]
         options = [] if cut is None else list(self._filled(base.calls, cut))
-        return replace(options[0], damping=base.damping, times=base.times) if options else None
+        return replace(options[0], damping=base.damping, points=base.points) if options else None
 
-    def _other_times(self, base: Candidate, rng: np.random.Generator) -> Candidate | None:
-        """One sampler point earlier or later: between the points of the fine run, whole ones skipped."""
-        times = base.times or tuple(step.t for step in self.lab.sampler(base.calls, None).steps)
-        share = float(rng.choice([-0.5, -0.25, 0.25, 0.5]))
-        moved = shifted(times, int(rng.integers(1, max(2, base.calls))), share)
-        return None if moved is None else replace(base, times=moved)
+
+def _other_point(base: Candidate, rng: np.random.Generator) -> Candidate | None:
+    """One point of the uncached run instead of its neighbour."""
+    points = list(base.points or ())
+    if len(points) < 2:
+        return None
+    at = int(rng.integers(1, len(points)))
+    points[at] += int(rng.choice([-2, -1, 1, 2]))
+    return replace(base, points=tuple(points))
 
 
 def _moved_full(base: Candidate, rng: np.random.Generator) -> Candidate | None:
@@ -220,15 +232,18 @@ class Finding:
     searched: Judged
 
 
-def settle(search: Search, finalists: Sequence[Judged], samples: int = MANY) -> Finding:
+def settle(search: Search, finalists: Sequence[Judged], samples: int | None = None) -> Finding:
     """Judge finalists, fewer steps and uniform caching on held-out noises; the search must beat both to be chosen."""
-    lab, seed = search.lab, search.seed + HELD_OUT
+    lab, seed = search.lab, search.lab.seed + HELD_OUT
 
     def held_out(candidate: Candidate) -> Judged:
-        return Judged(candidate, float(lab.decibels(candidate, seed, samples).mean()), lab.latency(candidate))
+        return Judged(
+            candidate, float(lab.decibels(candidate, seed, samples or lab.samples).mean()), lab.latency(candidate)
+        )
 
     fewer = held_out(fewer_steps(max(1, search.steps_in_budget())))
-    uniform = max((held_out(one) for one in uniform_caching(search)), key=lambda j: j.decibels, default=None)
+    likely = max(uniform_caching(search), key=lambda one: search.judge(one, lab.few), default=None)
+    uniform = None if likely is None else held_out(likely)
     searched = max((held_out(one.candidate) for one in finalists[:2]), key=lambda j: j.decibels)
     simple = fewer if uniform is None or fewer.decibels >= uniform.decibels else uniform
     return Finding(searched if searched.decibels > simple.decibels else simple, fewer, uniform, searched)

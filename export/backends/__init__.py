@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +69,18 @@ class Backend(Protocol):
 
         Raises:
             EngineError: the graph cannot be read or compiled, or an option is unknown.
+        """
+        ...
+
+    def joined(self, graphs: Sequence[LoadedGraph], outputs: Sequence[str]) -> LoadedGraph | None:
+        """Several graphs, each of which takes outputs of those before it, as one graph.
+
+        Args:
+            graphs: loaded by this backend with the same threads and options.
+            outputs: that the one graph is to give.
+
+        Returns:
+            None where this runtime gains nothing by it.
         """
         ...
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from export.backends import Kernel, TensorSpec, check_options, feeds
+from export.backends import Kernel, LoadedGraph, TensorSpec, check_options, feeds
 from export.errors import EngineError
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -62,6 +62,11 @@ def load(path: Path, threads: int | None, options: Mapping[str, Any]) -> _Sessio
     """Read a graph and its weights, see `export.backends.Backend`."""
     check_options("onnxruntime", options, OPTIONS)
     return _Session(_session(path, _settings(threads, options)))
+
+
+def joined(graphs: Sequence[LoadedGraph], outputs: Sequence[str]) -> LoadedGraph | None:
+    """Never: sessions hand tensors over in the layout they compute in."""
+    return None
 
 
 def executed_kernels(path: Path, inputs: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> dict[str, Kernel]:

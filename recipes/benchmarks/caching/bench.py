@@ -223,8 +223,8 @@ def plan_key(model: LatentDiffusion) -> str:
 
 
 def layout_of(model: LatentDiffusion) -> Any:
-    """The layout of a model as plain data."""
-    return None if model.layout is None else model.layout.to_dict()
+    """The layout of a model as plain data, as JSON gives it back."""
+    return None if model.layout is None else json.loads(json.dumps(model.layout.to_dict()))
 
 
 def alike(one: Any, other: Any) -> bool:
