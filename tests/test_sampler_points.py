@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from compress.optimise.fitting import Fit, update
 from compress.optimise.points import EMPHASES, PointErrors, best_points, point_errors
-from compress.optimise.trajectory import Fit, Trajectory, gram_of, update, watched
+from compress.optimise.trajectory import Trajectory, gram_of, watched
 from export.plan_rows import Step
 
 ROWS, SHAPE = 7, (3, 2, 4, 4)

@@ -18,12 +18,13 @@ from compress.errors import RefusedError
 from compress.families.base import SHALLOW
 from compress.measure.metrics import latent_peak, psnr_per_sample
 from compress.optimise.candidate import Candidate, fewer_steps
+from compress.optimise.fitting import fitted, targets_of, thinned
 from compress.optimise.points import EMPHASES, best_points, point_errors
-from compress.optimise.trajectory import Fit, Trajectory, update, watched
+from compress.optimise.trajectory import Trajectory, watched
 from compress.sampler import compile_sampler
 from export.backends import available
 from export.engine import Engine
-from export.step_plan import Segment, StepPlan, Update
+from export.step_plan import Segment, StepPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,8 +40,6 @@ RUNS = 0.5
 """Of the search's time: what one uncached run of all of them may take, one thread and one picture at a time."""
 HELD_OUT = 1 << 20
 """Seeds of the held-out noises begin so far above those of calibration."""
-STATES, OUTPUTS = 2, 3
-"""Latents and network outputs that a fitted update combines, the current ones included."""
 ROUNDS = 9
 _CALLS = 6
 
@@ -169,17 +168,17 @@ class Lab:
     def _fitted(self, candidate: Candidate, samples: int) -> np.ndarray:
         """What a candidate with points makes of the first calibration noises while its updates are fitted on them."""
         _, plan = self._drawn(candidate)
-        states, points = self.trajectory.first(samples), candidate.points or ()
-        fit = Fit([states[after] for after in (*points[1:], self.trajectory.rows)])
-        made = self._runtime(candidate, plan).sample(*self._noises(self.seed, samples), revise=fit)
+        targets = targets_of(self.trajectory, candidate.points or (), samples)
+        runtime = self._runtime(candidate, plan)
+        made, plan = fitted(plan, targets, lambda fit: runtime.sample(*self._noises(self.seed, samples), revise=fit))
         if samples == self.samples:
-            self.fits[candidate] = replace(plan, steps=tuple(fit.steps))
+            self.fits[candidate] = plan
         return made
 
     def _drawn(self, candidate: Candidate) -> tuple[Layout | None, StepPlan]:
         """The layout and the plan before anything is fitted."""
         points = candidate.points
-        plan = self.sampler(candidate.calls) if points is None else self._thinned(points)
+        plan = self.sampler(candidate.calls) if points is None else thinned(self.plan, self.trajectory, points)
         bench = self.benches[candidate.cut]
         if bench.layout is None or all(candidate.full):
             return None, plan
@@ -194,24 +193,6 @@ class Lab:
 
         steps = cached_steps(plan.steps, layout, rows_on(chosen, candidate.calls, SHALLOW), at_points)
         return layout, over(self.model, layout, replace(plan, steps=tuple(steps)))
-
-    def _thinned(self, points: tuple[int, ...]) -> StepPlan:
-        """The uncached plan at some of its points, with updates that lead along the calibration run."""
-        run, ends = self.trajectory, (*points[1:], self.trajectory.rows)
-
-        def updates(start: int, stop: int) -> list[Update]:
-            known = [(points[start : row + 1], ends[row]) for row in range(start, min(stop, len(points)))]
-            return [update(run, kept, after, STATES, OUTPUTS) for kept, after in known]
-
-        steps = [
-            replace(self.plan.steps[point], x=own.x, m=own.m)
-            for point, own in zip(points, updates(0, len(points)), strict=True)
-        ]
-        starts = (
-            {row: tuple(updates(row, row + OUTPUTS - 1)) for row in range(1, len(points))} if self.plan.starts else {}
-        )
-        key = {**self.plan.key, "steps": len(points), "order": 1}
-        return replace(self.plan, steps=tuple(steps), starts=starts, key=key)
 
     def _runtime(self, candidate: Candidate, plan: StepPlan) -> Runtime:
         cached = self.benches[candidate.cut].layout is not None and not all(candidate.full)

@@ -1,14 +1,14 @@
-"""What calibration sees of an uncached run: its latents, and which linear updates lead from one to another."""
+"""What calibration sees of an uncached run: its latents, and how they hang together linearly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from export.loop import Lags, Revise
-from export.plan_rows import Step, Update
+from export.plan_rows import Step
 
 RIDGE = 1e-6
 """Relative to the energy of each term: what hardly differs must not get huge coefficients of opposite signs."""
@@ -74,50 +74,3 @@ def solved(gram: np.ndarray, target: np.ndarray) -> np.ndarray:
     loaded = gram + RIDGE * np.diag(np.diag(gram))
     solution: np.ndarray = np.linalg.lstsq(loaded, target, rcond=None)[0]
     return solution
-
-
-def update(trajectory: Trajectory, points: Sequence[int], after: int, states: int, outputs: int) -> Update:
-    """The update from some points of the run to the state before row `after` (its number of rows is the end).
-
-    Args:
-        trajectory: the run.
-        points: rows, the newest last, whose states and outputs are at hand.
-        after: the row that the update leads to.
-        states: how many of their states are used at most, the newest first.
-        outputs: how many of their outputs.
-    """
-    newest = list(points)[::-1]
-    places = newest[:states] + [trajectory.rows + 1 + point for point in newest[:outputs]]
-    found = solved(trajectory.gram[np.ix_(places, places)], trajectory.gram[places, after])
-    kept = min(states, len(newest))
-    return Update(
-        x={lag: float(value) for lag, value in enumerate(found[:kept])},
-        m={lag: float(value) for lag, value in enumerate(found[kept:])},
-    )
-
-
-class Fit:
-    """Fits the update of every row of a run, while it runs, to the state that the uncached run had there.
-
-    Called as `export.loop.Revise`. Each row is fitted to the latents that the rows before it really left, so that it
-    corrects what they, or cached network outputs, got wrong. The terms are those of the step it is given.
-
-    Attributes:
-        steps: the rows with their fitted updates.
-    """
-
-    def __init__(self, targets: Sequence[np.ndarray]) -> None:
-        """Take what every row is to lead to: float32 (samples, channels, h, w) per row."""
-        self._targets = targets
-        self.steps: list[Step] = []
-
-    def __call__(self, row: int, step: Step, latents: Lags, outputs: Lags) -> Step:
-        """Fit one row."""
-        terms = [*(latents[lag] for lag in step.x), *(outputs[lag] for lag in step.m)]
-        gram = gram_of([*terms, self._targets[row]])
-        found = [float(value) for value in solved(gram[:-1, :-1], gram[:-1, -1])]
-        kept = len(step.x)
-        x, m = dict(zip(step.x, found[:kept], strict=True)), dict(zip(step.m, found[kept:], strict=True))
-        fitted = replace(step, x=x, m=m)
-        self.steps.append(fitted)
-        return fitted

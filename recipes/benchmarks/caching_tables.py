@@ -190,6 +190,42 @@ def _four(row: Row) -> list[str]:
     ]
 
 
+def spans(report: Row) -> str:
+    """The table of spans: what batching gains, what it needs, and what steps without an encoder of their own cost."""
+    lines = []
+    for found in report.get("spans", []):
+        for row in found["rows"]:
+            batched, alone = row["batched"], row["in turn"]
+            few = [one for name, rows in groups(report).items() if name[:3] == _of(found) for one in rows]
+            lines.append(
+                [
+                    f"{found['model']}, {found['steps']} steps, {row['length']}",
+                    _plain(batched, "ratio", "{:.2f}x"),
+                    _plain(alone, "ratio", "{:.2f}x"),
+                    f"{batched['peak_mib']:.0f}",
+                    f"{alone['peak_mib']:.0f}",
+                    _value(row, "latent_psnr_db", "{:.1f}"),
+                    _equal({"entry": "", **batched}, few),
+                    _value(row, "attributes", "{:.1f}", factor=100.0),
+                ]
+            )
+    heads = [
+        "calls without an encoder after each full one",
+        "faster, as one batch",
+        "faster, in turn",
+        "peak MiB, as one batch",
+        "peak MiB, in turn",
+        "latent PSNR, dB (95 %)",
+        "fewer steps at equal latency, dB",
+        "attributes right, % (95 %)",
+    ]
+    return table(heads, lines) if lines else ""
+
+
+def _of(found: Row) -> tuple[str, str, int]:
+    return found["model"], found["sampler"], found["steps"]
+
+
 def short(report: Row) -> str:
     """The tables of README.md: the models' own samplers at 50 steps."""
     parts = [group_table(title, rows, short=True) for title, rows in shown(report)]
@@ -208,7 +244,20 @@ def evidence(report: Row) -> str:
         f"Measured on {machine}, {when}, {targets}. Times are those of the denoising loop: one picture, one thread, "
         f"medians of interleaved runs. Quality is that of {count} held-out prompts, against the full run from the same "
         "noise; PSNR is the mean over samples. Fewer steps at equal latency: what the same sampler reaches in as many "
-        "milliseconds with fewer steps, interpolated between the two nearest."
+        f"milliseconds with fewer steps, interpolated between the two nearest.{_computed(rows)}"
+    )
+
+
+def _computed(rows: Sequence[Row]) -> str:
+    """What PyTorch computed in place of the engines, and how far these depart from it."""
+    found = [row for row in rows if "computed" in row and "departure" in row]
+    if not found:
+        return ""
+    where = " or ".join(sorted({row["computed"] for row in found}))
+    most = max(row["departure"] for row in found)
+    return (
+        f" The quality of {len(found)} of {len(rows)} entries was computed by {where}, with the plan of the engine, "
+        f"whose own latents of the first 8 prompts depart from those by at most {most:.0e} of their norm."
     )
 
 
@@ -216,6 +265,11 @@ def document(report: Row) -> str:
     """The whole of results/caching.md."""
     both = interaction(report)
     more = f"\n\n## With int8\n\n{both}" if both else ""
+    parallel = spans(report)
+    if parallel:
+        more += (
+            f"\n\n## Steps in parallel\n\nDecoders of following steps as one batch, from one encoder run.\n\n{parallel}"
+        )
     legend = (
         "Plans: a letter a network call: F full, f full without guidance, c cached (1, 2, ... where there are several "
         "cached paths), s at a smaller size. Pooled: the PSNR of the mean squared error of all samples."

@@ -166,6 +166,8 @@ def aggregate(folder: Path, roots: Sequence[Path]) -> Row:
     found = [json.loads(file.read_bytes()) for root in roots for file in sorted((root / "interaction").glob("*.json"))]
     both = {(row["model"], row["sampler"], row["steps"]): row for row in [*older.get("interaction", []), *found]}
     report["interaction"] = [both[name] for name in sorted(both)]
+    spans = [json.loads(file.read_bytes()) for root in roots for file in sorted((root / "spans").glob("*.json"))]
+    report["spans"] = spans or older.get("spans", [])
     write(folder / f"caching-{today}.json", encoded(report))
     write(folder / "caching.md", caching_tables.document(report).encode())
     chart.draw(report, folder / "caching.png")
