@@ -84,7 +84,7 @@ def contest(
         task: the picture.
         threads: of every contestant.
         pipeline: the original.
-        steps: of the engine and the original.
+        steps: of the original.
         engines: targets of the engine folder, the one that is picked first.
         open_engine: opens the engine.
         plain: targets of the uncompressed float engine; none leaves the plain runtimes away.
@@ -96,7 +96,8 @@ def contest(
     """
     entries = [_Entry(ORIGINAL, "original", steps, lambda: pipeline.generate(task.prompt))]
     for name in engines:
-        entries.append(_Entry(name, "engine", steps, _runs(task, open_engine(name, threads))))
+        engine = open_engine(name, threads)
+        entries.append(_Entry(name, "engine", int(engine.plan.key.get("steps", steps)), _runs(task, engine)))
     floats: dict[str, Runtime] = {}
     if open_plain is not None:
         floats = {name: open_plain(name, threads) for name in plain}

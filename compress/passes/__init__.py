@@ -9,6 +9,7 @@ from compress.passes.base import Pass
 
 _CLASSES = {
     "quantize": "compress.passes.quantize:Quantize",
+    "solver": "compress.passes.solver:Solver",
     "cache": "compress.passes.cache:Cache",
 }
 
