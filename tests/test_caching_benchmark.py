@@ -249,3 +249,27 @@ def test_two_changes_promise_the_product_of_speeds_and_the_sum_of_errors() -> No
     )
     assert "| unet, 50 steps | both, as promised by each alone | 6.00x | 3.00x | 25.0 | -0.5 |" in lines
     assert caching_tables.interaction(report()) == ""
+
+
+def test_spans_are_told_beside_fewer_steps() -> None:
+    times = {"ms": 45.0, "ratio": 2.22, "peak_mib": 300.4}
+    measured = row("", 45.0, 33.0) | {
+        "length": 4,
+        "batched": times,
+        "in turn": times | {"ratio": 1.9, "peak_mib": 280.0},
+    }
+    found = {"model": "unet", "sampler": OWN, "steps": 50, "rows": [measured]}
+    (line,) = caching_tables.spans(report(*FEW) | {"spans": [found]}).splitlines()[2:]
+    assert line == (
+        "| unet, 50 steps, 4 | 2.22x | 1.90x | 300 | 280 | 33.0 (32.0 to 34.0) | 28.0 | 90.0 (80.0 to 95.0) |"
+    )
+    assert caching_tables.spans(report()) == ""
+
+
+def test_what_pytorch_computed_is_said() -> None:
+    done = row("fora", 60.0, 40.0, computed="PyTorch on a GPU", engine="x", departure=2e-6)
+    waiting = row("pab", db=40.0, computed="PyTorch on a GPU")
+    said = caching_tables.evidence(report(*FEW, done, waiting))
+    assert "The quality of 1 of 6 entries was computed by PyTorch on a GPU" in said
+    assert "at most 2e-06 of their norm" in said
+    assert "PyTorch" not in caching_tables.evidence(report(*FEW))
