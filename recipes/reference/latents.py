@@ -14,7 +14,7 @@ from recipes.reference.checkpoint import read_checkpoint, write_checkpoint
 from recipes.reference.scenes import draw_scenes
 from recipes.reference.text import tokenise
 
-LATENT_COUNT = 36864
+LATENT_COUNT = {"cpu": 36864, "cuda": 262144}
 _BATCH = {"cpu": 64, "cuda": 1024}
 
 
@@ -24,7 +24,7 @@ def cached_latents(
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
     device: torch.device,
-    count: int = LATENT_COUNT,
+    count: int = LATENT_COUNT["cpu"],
     report: Callable[[str], None] = print,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents float16 (count, 4, 16, 16) and token ids int64 (count, 20) of train scenes 0 ... count - 1."""
