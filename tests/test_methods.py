@@ -228,6 +228,17 @@ def test_a_low_resolution_start_rises_once(models: Callable[[str], LatentDiffusi
     assert latents.shape[-2:] == (tiny.SIDE, tiny.SIDE)
 
 
+def test_a_low_resolution_start_goes_with_a_sampler_that_looks_back_far(
+    models: Callable[[str], LatentDiffusion],
+) -> None:
+    """UniPC's late starts reach over three rows; those before the rise are gone, since a picture has the full size."""
+    model = sampled(models("unet").clone(), STEPS, "UniPCMultistepScheduler")
+    plan = cached(model, "low-resolution-start", level=0.5, share=1 / 3).step_plan
+    assert plan is not None
+    assert model.step_plan is not None
+    assert sorted(plan.starts) == [row for row in sorted(model.step_plan.starts) if row >= 4]
+
+
 def test_calibration_needs_prompts(models: Callable[[str], LatentDiffusion]) -> None:
     model, step = models("sd3").clone(), Cache("magcache")
     with pytest.raises(PassError, match="at least one prompt"):

@@ -137,7 +137,7 @@ def by_hand(model: LatentDiffusion, first: int, full: Sequence[int]) -> Cached:
     slots = model.family.block_slots(model.denoiser, first, model.family.block_count(model.denoiser))
     layout = Layout.of(slots, {"cached": tuple(slots)})
     steps = cached_steps(model.step_plan.steps, layout, rows_on(full, STEPS, "cached"), Forecast())
-    return Cached(layout, tuple(steps))
+    return Cached(layout, tuple(steps), {})
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
@@ -158,7 +158,7 @@ def fresh(pipeline: FluxPipeline, model: LatentDiffusion) -> Run:
     run = theirs(pipeline)
     assert run.full == list(range(STEPS))
     assert model.step_plan is not None
-    assert difference(ours(model, Cached(None, model.step_plan.steps)).latents, run.latents) <= 1e-5
+    assert difference(ours(model, Cached(None, model.step_plan.steps, {})).latents, run.latents) <= 1e-5
     return run
 
 

@@ -28,10 +28,10 @@ SHAPES = {"batch": (1, 1, 4), "height": (SIDE, SIDE, SIDE), "width": (SIDE, SIDE
 STEPS = 4
 
 
-def sampled(model: LatentDiffusion, steps: int = STEPS) -> LatentDiffusion:
-    """The model with the step plan of its own scheduler, guided."""
+def sampled(model: LatentDiffusion, steps: int = STEPS, scheduler: str | None = None) -> LatentDiffusion:
+    """The model with the step plan of a scheduler, its own unless another is named, guided."""
     segments, paths, slots = model.family.segments(model.denoiser, model.layout)
-    name = model.scheduler_config["_class_name"]
+    name = scheduler or model.scheduler_config["_class_name"]
     told = model.family.sampler_options(model.denoiser, SIDE // 2, SIDE // 2)
     model.step_plan = compile_sampler(
         name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from compress.caching.method import Job, Method
+from compress.caching.method import Job, Method, Starts
 from compress.errors import RefusedError
 from export.step_plan import Step
 
@@ -51,11 +51,18 @@ def _smaller(job: Job, steps: Sequence[Step]) -> Sequence[Step]:
     return rows
 
 
+def _risen(job: Job, steps: Sequence[Step]) -> Starts:
+    """Late starts after the rise alone: a picture has the full size."""
+    rise = next(row for row, step in enumerate(steps) if step.level == 1.0)
+    return {row: updates for row, updates in job.plan.starts.items() if row >= rise}
+
+
 LOW_RESOLUTION_START = Method(
     paper="after LowDiff, 2025, arXiv 2509.15342, without its training",
     layout=lambda job: None,
     paths=lambda job: [step.path for step in job.plan.steps],
     options={"level": 0.5, "share": 0.3},
     finish=_smaller,
+    starts=_risen,
 )
 """The first `share` of the calls run at `level` of height and width; the model must know such sizes."""

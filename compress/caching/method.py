@@ -12,7 +12,7 @@ from compress.caching import forecasts
 from compress.errors import RefusedError
 from compress.families import Family, Layout, Network
 from compress.families.layout import FULL, LayoutPath
-from export.step_plan import Gate, Step, StepPlan
+from export.step_plan import Gate, Step, StepPlan, Update
 
 ForecastKind = Literal["reuse", "taylor1", "taylor", "hermite"]
 
@@ -105,13 +105,16 @@ class Recorder(Protocol):
 
 
 class Cached(NamedTuple):
-    """What a method makes: the layout (None leaves the graphs as they are), the rows, and perhaps a gate."""
+    """What a method makes: the layout (None leaves the graphs as they are), rows, late starts, and perhaps a gate."""
 
     layout: Layout | None
     steps: tuple[Step, ...]
+    starts: Starts
     gate: Gate | None = None
 
 
+Starts = Mapping[int, tuple[Update, ...]]
+"""Rows other than 0 where sampling may begin -> the updates that replace those of the rows from there on."""
 Finish = Callable[[Job, Sequence[Step]], Sequence[Step]]
 
 
@@ -126,6 +129,7 @@ class Method:
         options: recipe key -> the paper's default; the keys a user may set.
         recorder: of the statistics it needs; None needs no calibration.
         finish: changes the rows further.
+        starts: changes the updates of late starts to go with the rows.
         gate: decides rows at run time, if the options ask for it.
     """
 
@@ -135,6 +139,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     recorder: Callable[[Job], Recorder] | None = None
     finish: Finish | None = None
+    starts: Callable[[Job, Sequence[Step]], Starts] | None = None
     gate: Callable[[Job], Gate] | None = None
 
     def calibrated(self, options: Mapping[str, Any]) -> bool:
@@ -161,7 +166,8 @@ class Method:
         if self.gate is not None and job.options.get("gate") == "dynamic":
             gate = self.gate(job)
             steps = [replace(step, gated=bool(step.read)) for step in steps]
-        return Cached(layout, tuple(steps), gate)
+        starts = job.plan.starts if self.starts is None else self.starts(job, steps)
+        return Cached(layout, tuple(steps), starts, gate)
 
 
 def forecast_of(options: Mapping[str, Any]) -> Forecast:

@@ -291,11 +291,12 @@ def _reads(read: Mapping[str, Sequence[float]]) -> str:
 
 def _replanned(model: LatentDiffusion, plan: StepPlan, cached: Cached) -> StepPlan:
     """The plan over the segments of the layout."""
+    plan = replace(plan, steps=cached.steps, starts=cached.starts)
     if cached.layout is None:
-        return replace(plan, steps=cached.steps)
+        return plan
     segments, paths, slots = model.family.segments(model.denoiser, cached.layout)
     table = {segment.name: Segment(segment.inputs, segment.outputs) for segment in segments}
-    return replace(plan, segments=table, paths=paths, slots=slots, steps=cached.steps, gate=cached.gate)
+    return replace(plan, segments=table, paths=paths, slots=slots, gate=cached.gate)
 
 
 def _uncached(model: LatentDiffusion) -> StepPlan:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 NOISES = 32
 """Calibration noises at most that updates are fitted on, all at once; half as many others judge."""
-HELD_OUT = 1 << 20
-"""Seeds of the noises that judge begin so far above those of calibration."""
 
 
 @dataclass
@@ -71,6 +69,8 @@ class Solver(Pass):
 
     @override
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
+        from compress.optimise.lab import HELD_OUT
+
         if not context.prompts:
             raise RefusedError("solver: needs the key calibration, whose prompts it samples")
         plan = _uncached(model)
