@@ -174,6 +174,19 @@ def test_trial_calls_of_a_sampler_of_order_two_are_no_points(lab: Lab) -> None:
     assert max(len(points) for points in heun.kept_points[0]) == STEPS // 2
 
 
+def test_a_sampler_of_order_two_makes_an_odd_number_of_calls(lab: Lab, model: LatentDiffusion) -> None:
+    """Heun's n steps make 2 n - 1 calls: the other numbers are refused, and fewer steps take the next below."""
+    heun = sampled(model.clone(), STEPS // 2, "HeunDiscreteScheduler")
+    assert heun.step_plan is not None
+    other = replace(lab, model=heun, plan=heun.step_plan, compiled={}, references={}, fits={})
+    assert heun.step_plan.network_calls == STEPS - 1
+    with pytest.raises(RefusedError, match="makes 5 network calls, and never 6"):
+        other.sampler(6)
+    search = Search(other, 6.5 * other.benches[None].times.full, 1.0)
+    assert search.steps_in_budget() == 5
+    assert search.judge(Candidate((True, False, True, False, True, False), 0), 2) == -1.0
+
+
 def test_held_out_noises_are_others(lab: Lab) -> None:
     first, held = lab.latents(fewer_steps(2), 0, 2), lab.latents(fewer_steps(2), laboratory.HELD_OUT, 2)
     assert np.abs(first - held).max() > 1e-3

@@ -133,14 +133,14 @@ class Lab:
         return candidate.full_calls * times.full + (candidate.calls - candidate.full_calls) * times.cached
 
     def sampler(self, calls: int) -> StepPlan:
-        """The model's own sampler with another number of steps, uncached.
+        """The model's own sampler with another number of network calls, uncached.
 
         Raises:
-            RefusedError: the scheduler does not take them.
+            RefusedError: the scheduler does not take so few steps, or none of its numbers of steps makes so many calls.
         """
         if calls not in self.compiled:
             own = self.plan.key
-            self.compiled[calls] = compile_sampler(
+            plan = compile_sampler(
                 own["scheduler"],
                 self.model.scheduler_config,
                 -(-calls // self.every),
@@ -150,6 +150,9 @@ class Lab:
                 paths=self.plan.paths,
                 options=own.get("options") or {},
             )
+            if plan.network_calls != calls:
+                raise RefusedError(f"{own['scheduler']} makes {plan.network_calls} network calls, and never {calls}")
+            self.compiled[calls] = plan
         return self.compiled[calls]
 
     def build(self, candidate: Candidate) -> tuple[Layout | None, StepPlan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -101,8 +102,13 @@ class Search:
         return [one for one in dict.fromkeys(candidates) if self.lab.latency(one) <= self.budget * (1 + 1e-9)]
 
     def steps_in_budget(self) -> int:
-        """How many full calls fit."""
-        return min(self.lab.plan.network_calls, int(self.budget / self.lab.benches[None].times.full + 1e-9))
+        """The most full calls of the sampler that fit; 0 where none do."""
+        most = min(self.lab.plan.network_calls, int(self.budget / self.lab.benches[None].times.full + 1e-9))
+        for calls in range(most, 0, -1):
+            with contextlib.suppress(RefusedError):
+                self.lab.sampler(calls)
+                return calls
+        return 0
 
     def seeds(self) -> Iterator[Candidate]:
         """Where the search begins, the most promising first."""
