@@ -184,7 +184,10 @@ def test_a_sampler_of_order_two_makes_an_odd_number_of_calls(lab: Lab, model: La
         other.sampler(6)
     search = Search(other, 6.5 * other.benches[None].times.full, 1.0)
     assert search.steps_in_budget() == 5
-    assert search.judge(Candidate((True, False, True, False, True, False), 0), 2) == -1.0
+    impossible = Candidate((True, False, True, False, True, False), 0)
+    assert search.judge(impossible, 2) == -1.0
+    search.seeds = lambda: iter([impossible, fewer_steps(5)])  # type: ignore[method-assign]
+    assert [one.candidate.calls % 2 for one in search.run() if one.candidate.points is None] == [1]
 
 
 def test_held_out_noises_are_others(lab: Lab) -> None:

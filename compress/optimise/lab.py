@@ -273,7 +273,7 @@ def open_lab(model: LatentDiffusion, cuts: Iterable[int], context: PassContext, 
     for done, cut in enumerate(benches):
         context.progress("compile cuts for batches", done, len(benches))
         for samples in (lab.few, lab.samples):
-            lab.latents(fewer_steps(2) if cut is None else Candidate((True, True, False), cut), 0, samples)
+            lab.latents(fewer_steps(3) if cut is None else Candidate((True, True, False), cut), 0, samples)
     return lab
 
 

@@ -60,7 +60,9 @@ class Search:
         for one in self._affordable([*self.seeds()]):
             if pool and time.perf_counter() - began > FIRST * self.seconds:
                 break
-            pool[one] = self.judge(one, self.lab.few)
+            value = self.judge(one, self.lab.few)
+            if value >= 0.0:
+                pool[one] = value
         if not pool:
             raise RefusedError("not even one network call fits the budget: allow more latency")
         best = sorted(pool, key=pool.__getitem__, reverse=True)[:FINALISTS]
@@ -88,7 +90,7 @@ class Search:
         return [Judged(one, final[one], self.lab.latency(one)) for one in order]
 
     def judge(self, candidate: Candidate, samples: int) -> float:
-        """The quality of a candidate on so many calibration noises, dB; -1 where the scheduler refuses its steps."""
+        """The quality of a candidate on so many calibration noises, dB; -1 where the scheduler refuses its calls."""
         key = (candidate, samples)
         if key not in self._known:
             self.evaluations += 1
