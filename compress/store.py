@@ -22,7 +22,7 @@ from compress.flush import flush, flush_folder
 
 SCHEMA_VERSION = 1
 _ENTRY = "entry.json"
-_PACKAGES = ("torch", "diffusers", "transformers", "brevitas", "onnx", "onnxscript", "numpy")
+_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "numpy")
 
 T = TypeVar("T")
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from export.attention_scores import AttentionScores
+from export.emitter import Emitter
 from export.gates import split_gates
-from export.quant_plan import Affine, LayerQuant, QuantPlan
+from export.quant_plan import Affine, LayerQuant, LowRank, QuantPlan, QuantPlanError
+from export.stored_weights import half, integers, rotate, widened
 from export.weights import store_float16
 
 if TYPE_CHECKING:
@@ -52,6 +54,10 @@ class Dialect:
     attention: bool
     gates: bool
 
+    def computes(self, layer: LayerQuant) -> bool:
+        """Whether a layer computes in integers; otherwise its weights are only stored in few bits."""
+        return isinstance(layer.input, Affine) and layer.input.bits == 8 and layer.weight.is_int8
+
 
 DIALECTS = {
     "onnxruntime": Dialect(conv_output=True, conv_bias=True, gemm_bias=True, attention=False, gates=False),
@@ -80,13 +86,13 @@ class Lowered:
 def lower(
     model: onnx.ModelProto, plan: QuantPlan, dialect: str, *, prefix: str = "denoiser.", partial: bool = False
 ) -> Lowered:
-    """Rewrite the graph in place: each planned `Conv`, `MatMul`, `Gemm` reads u8 activations and s8 weights.
+    """Rewrite the graph in place: each planned `Conv`, `MatMul`, `Gemm` reads u8 activations and s8 or s4 weights.
 
     Attention the plan names reads signed 8-bit queries and keys, where the dialect says that this pays.
 
-    A layer without an input grid keeps its float activations and gets `Cast, Mul` behind its s8 weights, which runtimes
-    compute once on load (`DequantizeLinear` would run at every call). The float weights that remain are stored as
-    the plan says.
+    A layer whose input the dialect does not quantize keeps its float activations and gets `Cast, Mul` behind its
+    weights, and whatever undoes their transforms, which runtimes compute once on load (`DequantizeLinear` would run at
+    every call). The float weights that remain are stored as the plan says.
 
     Layers are found by the module names in the nodes' metadata, never by initializer names (the exporter transposes
     and renames the weights of 3-D linears). A tensor that feeds several layers with equal grids is quantized once.
@@ -125,6 +131,9 @@ def lower(
             result.nodes["attention"] += 1
             continue
         name = planned.get(owner)
+        if name is not None and node.op_type == "Add" and any(tensor in rewriter.constants for tensor in node.input):
+            rewriter.rebias(node, name, plan.layers[name])
+            continue
         if name is None or node.op_type not in _OPS or node.input[1] not in rewriter.constants:
             rewriter.nodes.append(node)
             continue
@@ -136,7 +145,7 @@ def lower(
             raise LoweringError(f"the weight of layer {name!r} is not float32 in the graph")
         rewriter.rewrite(node, name, layer, weight)
         result.layers.add(name)
-        result.nodes[node.op_type if layer.input else "weight only"] += 1
+        result.nodes[node.op_type if DIALECTS[dialect].computes(layer) else "weight only"] += 1
     unlowered = present - result.layers
     if unlowered:
         raise LoweringError(f"planned layers without a constant weight in the graph: {_some(unlowered)}")
@@ -182,43 +191,69 @@ def _scopes(node: onnx.NodeProto) -> list[str]:
     return []
 
 
-class _Rewriter:
-    """The new node list and initializers of one graph."""
+class _Rewriter(Emitter):
+    """The new node list and initializers of one graph, with quantized layers in it."""
 
     def __init__(self, model: onnx.ModelProto, dialect: Dialect) -> None:
-        self.model, self.dialect = model, dialect
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.nodes: list[onnx.NodeProto] = []
-        self.taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
-        self.dequantized: dict[tuple[str, Affine], str] = {}
-        self.weights: dict[tuple[str, str, str], str] = {}
-        self.uses: defaultdict[str, int] = defaultdict(int)
+        super().__init__(model)
+        self.dialect = dialect
+        self._transformed: dict[tuple[str, bytes, int], str] = {}
+        self._dequantized: dict[tuple[str, Affine], str] = {}
+        self._weights: dict[tuple[str, str, str], str] = {}
 
     def rewrite(self, node: onnx.NodeProto, name: str, layer: LayerQuant, weight: np.ndarray) -> None:
-        """Emit Q and DQ around one node."""
+        """Emit the weights of one node in few bits, and Q and DQ around it where it computes in integers."""
         import onnx
 
         transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-        channels = 1 if node.op_type != "Conv" and not transposed else 0
-        by_channel = np.moveaxis(weight, channels, 0)
-        if by_channel.shape[0] != len(layer.weight_scale):
-            raise LoweringError(
-                f"layer {name!r} has {by_channel.shape[0]} output channels, its plan {len(layer.weight_scale)}"
-            )
-        quantized = np.moveaxis(layer.quantize_weight(by_channel), 0, channels)
+        axis = 1 if node.op_type != "Conv" and not transposed else 0
+        try:
+            numbers = layer.weight.rounded(np.moveaxis(weight, axis, 0))
+        except QuantPlanError as error:
+            raise LoweringError(f"layer {name!r} has {error}") from None
         out = onnx.NodeProto()
         out.CopyFrom(node)
-        out.input[1] = self.weight(node.input[1], name, layer, quantized, channels)
-        if layer.input is not None:
-            out.input[0] = self.activation(node.input[0], layer.input)
+        biased = len(node.input) > 2 and bool(node.input[2])
+        if not self.dialect.computes(layer):
+            out.input[1] = self._stored(node.input[1], name, layer, numbers, axis)
+            if biased and layer.bias is not None:
+                out.input[2] = self._bias(node.input[2], name, layer)
+            self.nodes.append(out)
+            return
+        grid = layer.input
+        if not isinstance(grid, Affine):
+            raise LoweringError(f"layer {name!r} computes in integers, but its input grid is not an integer one")
+        x = self._transform(node.input[0], layer)
+        out.input[0] = self._activation(x, grid)
+        out.input[1] = self._integers(node.input[1], name, layer, np.moveaxis(numbers, 0, axis), axis)
+        if biased:
             as_int32 = self.dialect.conv_bias if node.op_type == "Conv" else self.dialect.gemm_bias
-            if len(node.input) > 2 and node.input[2] and as_int32:
-                out.input[2] = self.bias(node.input[2], name, layer, layer.input)
+            if as_int32:
+                out.input[2] = self._integer_bias(node.input[2], name, layer, grid)
+            elif layer.bias is not None:
+                out.input[2] = self._bias(node.input[2], name, layer)
+        result = node.output[0]
         self.nodes.append(out)
+        if layer.low_rank is not None:
+            out.output[0] = self.fresh(f"{result}.quantized")
         if node.op_type == "Conv" and self.dialect.conv_output and layer.output is not None:
-            result = node.output[0]
+            after = out.output[0]
             out.output[0] = self.fresh(f"{result}.float")
-            self.quantize(out.output[0], layer.output, result)
+            self._quantize(out.output[0], layer.output, after)
+        if layer.low_rank is not None:
+            rounded = f"{result}.quantized" if layer.output is None or not self.dialect.conv_output else after
+            self._branch(node, x, layer.low_rank, rounded, result)
+
+    def rebias(self, node: onnx.NodeProto, name: str, layer: LayerQuant) -> None:
+        """Emit the addition of a layer's bias, which a plan may have replaced."""
+        import onnx
+
+        out = onnx.NodeProto()
+        out.CopyFrom(node)
+        for at, tensor in enumerate(node.input):
+            if tensor in self.constants and layer.bias is not None:
+                out.input[at] = self._bias(tensor, name, layer)
+        self.nodes.append(out)
 
     def scores(self, node: onnx.NodeProto, *scales: float) -> None:
         """Emit signed Q and DQ before both sides of a product of queries and keys."""
@@ -228,122 +263,115 @@ class _Rewriter:
         out.CopyFrom(node)
         for i, scale in enumerate(scales):
             result = self.fresh(f"{node.input[i]}.dequantized")
-            out.input[i] = self.quantized(node.input[i], np.float32(scale), np.int8(0), result)
+            out.input[i] = self._quantized(node.input[i], np.float32(scale), np.int8(0), result)
         self.nodes.append(out)
 
-    def activation(self, tensor: str, grid: Affine) -> str:
-        """Quantize and dequantize a tensor, once per grid."""
-        if (tensor, grid) not in self.dequantized:
-            self.dequantized[tensor, grid] = self.quantize(tensor, grid, self.fresh(f"{tensor}.dequantized"))
-        return self.dequantized[tensor, grid]
+    def _transform(self, tensor: str, layer: LayerQuant) -> str:
+        """Smooth and rotate an input, once for all layers that do the same to it."""
+        if layer.smooth is None and not layer.rotation:
+            return tensor
+        key = tensor, b"" if layer.smooth is None else layer.smooth.tobytes(), layer.rotation
+        if key not in self._transformed:
+            made = tensor
+            if layer.smooth is not None:
+                factor = 1.0 / layer.smooth.astype(np.float32)
+                factor = factor[:, None, None] if layer.op == "conv" else factor
+                label = self.fresh(f"{tensor}.smoothness")
+                made = self.emit("Mul", [made, self.constant(label, factor)], self.fresh(f"{tensor}.smooth"))
+            if layer.rotation:
+                made = rotate(self, f"{tensor}.rotated", made, layer.rotation)
+            self._transformed[key] = made
+        return self._transformed[key]
 
-    def quantize(self, tensor: str, grid: Affine, result: str) -> str:
-        """Emit Q and DQ to a grid."""
-        return self.quantized(tensor, np.float32(grid.scale), np.uint8(grid.zero_point), result)
-
-    def quantized(self, tensor: str, scale: np.float32, zero_point: np.int8 | np.uint8, result: str) -> str:
-        """Emit tensor -> QuantizeLinear -> DequantizeLinear -> result."""
+    def _branch(self, node: onnx.NodeProto, x: str, branch: LowRank, rounded: str, result: str) -> None:
+        """Emit result = rounded + up(down(x))."""
         from onnx import helper
 
+        down, up = branch.down, branch.up
+        label = f"{result}.branch"
+        if node.op_type == "Conv":
+            kernel = next(list(a.ints) for a in node.attribute if a.name == "kernel_shape")
+            down = down.reshape(len(down), -1, *kernel)
+            first = helper.make_node("Conv", [x, half(self, f"{label}.down", down)], [self.fresh(f"{label}.few")])
+            first.attribute.extend(a for a in node.attribute if a.name != "group")
+            self.nodes.append(first)
+            second = self.emit(
+                "Conv", [first.output[0], half(self, f"{label}.up", up[..., None, None])], self.fresh(label)
+            )
+        else:
+            few = self.emit("MatMul", [x, half(self, f"{label}.down", down.T)], self.fresh(f"{label}.few"))
+            second = self.emit("MatMul", [few, half(self, f"{label}.up", up.T)], self.fresh(label))
+        self.emit("Add", [rounded, second], result)
+
+    def _activation(self, tensor: str, grid: Affine) -> str:
+        """Quantize and dequantize a tensor, once per grid."""
+        if (tensor, grid) not in self._dequantized:
+            self._dequantized[tensor, grid] = self._quantize(tensor, grid, self.fresh(f"{tensor}.dequantized"))
+        return self._dequantized[tensor, grid]
+
+    def _quantize(self, tensor: str, grid: Affine, result: str) -> str:
+        return self._quantized(tensor, np.float32(grid.scale), np.uint8(grid.zero_point), result)
+
+    def _quantized(self, tensor: str, scale: np.float32, zero_point: np.int8 | np.uint8, result: str) -> str:
+        """Emit tensor -> QuantizeLinear -> DequantizeLinear -> result."""
         name = self.fresh(f"{tensor}.quantized")
         numbers = [
             self.constant(f"{name}.scale", np.asarray(scale)),
             self.constant(f"{name}.zero_point", np.asarray(zero_point)),
         ]
-        self.nodes += [
-            helper.make_node("QuantizeLinear", [tensor, *numbers], [name], f"{name}.node"),
-            helper.make_node("DequantizeLinear", [name, *numbers], [result], f"{result}.node"),
-        ]
-        return result
+        self.emit("QuantizeLinear", [tensor, *numbers], name)
+        return self.emit("DequantizeLinear", [name, *numbers], result)
 
-    def weight(self, tensor: str, name: str, layer: LayerQuant, quantized: np.ndarray, axis: int) -> str:
-        """An int8 initializer and its DequantizeLinear; a module called twice shares them."""
-        from onnx import helper
-
+    def _integers(self, tensor: str, name: str, layer: LayerQuant, numbers: np.ndarray, axis: int) -> str:
+        """Integer weights and their DequantizeLinear; a module called twice shares them."""
         key = (tensor, name, "weight")
-        if key not in self.weights:
-            label = self.fresh(f"{name}.weight.int8")
-            scales = np.asarray(layer.weight_scale, np.float32)
-            if layer.input is None:
-                shape = [-1 if i == axis else 1 for i in range(quantized.ndim)]
-                self.weights[key] = self.widened(label, quantized, scales.reshape(shape))
-                return self.weights[key]
-            scale = self.constant(f"{label}.scale", scales)
-            zero_point = self.constant(f"{label}.zero_point", np.zeros(len(layer.weight_scale), np.int8))
-            self.weights[key] = self.fresh(f"{label}.dequantized")
-            self.nodes.append(
-                helper.make_node(
-                    "DequantizeLinear",
-                    [self.constant(label, quantized), scale, zero_point],
-                    [self.weights[key]],
-                    f"{label}.node",
-                    axis=axis,
-                )
-            )
-        return self.weights[key]
+        if key not in self._weights:
+            label = self.fresh(f"{name}.weight.{layer.weight.element}")
+            scales = np.broadcast_to(layer.weight.scale[:, 0], (numbers.shape[axis],)).astype(np.float32)
+            inputs = [
+                integers(self, label, layer.weight, numbers),
+                self.constant(f"{label}.scale", scales),
+                self.constant(f"{label}.zero_point", np.zeros(len(scales), np.int8)),
+            ]
+            self._weights[key] = self.emit("DequantizeLinear", inputs, self.fresh(f"{label}.dequantized"), axis=axis)
+        return self._weights[key]
 
-    def widened(self, label: str, stored: np.ndarray, scale: np.ndarray) -> str:
-        """Emit stored -> Cast to float32 -> Mul by scale: constant, so a runtime computes it once on load."""
-        from onnx import TensorProto, helper
+    def _stored(self, tensor: str, name: str, layer: LayerQuant, numbers: np.ndarray, axis: int) -> str:
+        """Float weights widened on load; a module called twice shares them."""
+        key = (tensor, name, "weight")
+        if key not in self._weights:
+            label = self.fresh(f"{name}.weight.{layer.weight.element}")
+            made = widened(self, label, layer, numbers.reshape(len(numbers), -1), numbers.shape)
+            if axis:
+                made = self.emit("Transpose", [made], self.fresh(f"{label}.transposed"), perm=[1, 0])
+            self._weights[key] = made
+        return self._weights[key]
 
-        result = self.fresh(f"{label}.float32")
-        self.nodes.append(
-            helper.make_node("Cast", [self.constant(label, stored)], [result], f"{result}.node", to=TensorProto.FLOAT)
-        )
-        scaled = self.fresh(f"{label}.scaled")
-        factor = self.constant(f"{label}.scale", scale)
-        self.nodes.append(helper.make_node("Mul", [result, factor], [scaled], f"{scaled}.node"))
-        return scaled
+    def _bias(self, tensor: str, name: str, layer: LayerQuant) -> str:
+        """The bias of the plan."""
+        key = (tensor, name, "float bias")
+        if key not in self._weights:
+            bias = np.asarray(layer.bias, np.float32)
+            self._weights[key] = self.constant(self.fresh(f"{name}.bias.corrected"), bias)
+        return self._weights[key]
 
-    def bias(self, tensor: str, name: str, layer: LayerQuant, grid: Affine) -> str:
+    def _integer_bias(self, tensor: str, name: str, layer: LayerQuant, grid: Affine) -> str:
         """An int32 initializer with the accumulator's scale, and its DequantizeLinear."""
-        from onnx import helper, numpy_helper
+        from onnx import numpy_helper
 
         if tensor not in self.constants:
             raise LoweringError(f"the bias of layer {name!r} is not constant in the graph")
         key = (tensor, name, "bias")
-        if key not in self.weights:
-            scale = (np.asarray(layer.weight_scale, np.float32) * np.float32(grid.scale)).astype(np.float32)
+        if key not in self._weights:
+            bias = numpy_helper.to_array(self.constants[tensor]) if layer.bias is None else layer.bias
+            scale = np.broadcast_to(layer.weight.scale[:, 0], bias.shape).astype(np.float32) * np.float32(grid.scale)
             limits = np.iinfo(np.int32)
-            rounded = np.round(numpy_helper.to_array(self.constants[tensor]).astype(np.float64) / scale)
+            rounded = np.round(bias.astype(np.float64) / scale)
             label = self.fresh(f"{name}.bias.int32")
             inputs = [
                 self.constant(label, np.clip(rounded, limits.min, limits.max).astype(np.int32)),
                 self.constant(f"{label}.scale", scale),
                 self.constant(f"{label}.zero_point", np.zeros(scale.shape, np.int32)),
             ]
-            self.weights[key] = self.fresh(f"{label}.dequantized")
-            self.nodes.append(
-                helper.make_node("DequantizeLinear", inputs, [self.weights[key]], f"{label}.node", axis=0)
-            )
-        return self.weights[key]
-
-    def constant(self, name: str, value: np.ndarray) -> str:
-        """Add an initializer."""
-        from onnx import numpy_helper
-
-        self.taken.add(name)
-        self.constants[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
-        return name
-
-    def fresh(self, name: str) -> str:
-        """A tensor name nobody has."""
-        while name in self.taken or name in self.constants:
-            self.uses[name] += 1
-            name = f"{name}.{self.uses[name]}"
-        self.taken.add(name)
-        return name
-
-    def finish(self) -> None:
-        """Put the nodes and the initializers still read into the graph."""
-        graph = self.model.graph
-        read = {name for node in self.nodes for name in node.input} | {output.name for output in graph.output}
-        del graph.node[:]
-        graph.node.extend(self.nodes)
-        del graph.initializer[:]
-        graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in read)
-        kept = {value.name for value in graph.value_info}
-        stale = kept - read
-        values = [value for value in graph.value_info if value.name not in stale]
-        del graph.value_info[:]
-        graph.value_info.extend(values)
+            self._weights[key] = self.emit("DequantizeLinear", inputs, self.fresh(f"{label}.dequantized"), axis=0)
+        return self._weights[key]

@@ -1,81 +1,109 @@
-"""The QuantPlan: which layers compute in integers, and with which scales; plain data, numpy only."""
+"""The QuantPlan: which layers are stored and computed in few bits, and how; plain data, numpy only."""
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-SCHEMA_VERSION = 1
+from export.elements import ElementError
+from export.grids import Affine, Dynamic, Input, QuantPlanError, Scaled, WeightGrid
+
+__all__ = [
+    "Affine",
+    "AttentionQuant",
+    "Dynamic",
+    "Input",
+    "LayerQuant",
+    "LowRank",
+    "Op",
+    "QuantPlan",
+    "QuantPlanError",
+    "Scaled",
+    "Storage",
+    "WeightGrid",
+]
+
+SCHEMA_VERSION = 2
 
 Op = Literal["linear", "conv"]
 Storage = Literal["float32", "float16"]
 Precision = Literal["float32", "bfloat16"]
 
 
-class QuantPlanError(ValueError):
-    """A quantization plan that cannot be read or contradicts itself; the message says which layer and why."""
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A branch beside the quantized weights, in 16 bits: `up @ (down @ x)` of the unquantized input.
+
+    Attributes:
+        down: float16 (rank, in_channels x kernel).
+        up: float16 (out_channels, rank).
+    """
+
+    down: np.ndarray
+    up: np.ndarray
 
 
-@dataclass(frozen=True)
-class Affine:
-    """Unsigned 8-bit per-tensor quantization: `clip(round(x / scale) + zero_point, 0, 255)`, ties to even."""
-
-    scale: float
-    zero_point: int
-
-    @classmethod
-    def of_range(cls, low: float, high: float) -> Affine:
-        """The grid that spans [low, high]; the range is widened to hold 0, so that 0 is exact (padding stays 0).
-
-        Raises:
-            QuantPlanError: a bound is not finite.
-        """
-        low, high = min(float(low), 0.0), max(float(high), 0.0)
-        if not math.isfinite(low) or not math.isfinite(high):
-            raise QuantPlanError(f"an activation range is not finite: [{low}, {high}]")
-        scale = float(np.float32(max((high - low) / 255.0, 1e-8)))
-        return cls(scale, int(np.clip(np.round(-low / scale), 0, 255)))
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The smallest and the largest number the grid holds."""
-        return -self.zero_point * self.scale, (255 - self.zero_point) * self.scale
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerQuant:
-    """One layer with 8-bit weights.
+    """One layer with few-bit weights. Its input is smoothed, then rotated, then quantized; its weight is of that input.
 
     Attributes:
         op: `linear` or `conv`.
         scheme: the row of the number-format table this came from.
-        weight_scale: (out_channels,) scales of the signed, symmetric weights: `q = clip(round(w / scale), -127, 127)`.
-        input: the grid of the input activation; None stores the weights in 8 bits and computes in float.
+        weight: how the weights are stored.
+        input: the grid of the input activation; None only stores the weights so, and computes in float.
         output: the grid of the output before it is read on; convolutions only, where a runtime needs it to
             run an integer kernel.
+        smooth: float32 (in_channels,); the input is divided by it, channel by channel, and the weight multiplied.
+        rotation: as many channels are rotated together, by a Hadamard matrix; 0 rotates none.
+        low_rank: what the few bits leave out, as far as it has a low rank.
+        bias: float32 (out_channels,) in place of the layer's own.
     """
 
     op: Op
     scheme: str
-    weight_scale: tuple[float, ...]
-    input: Affine | None
+    weight: WeightGrid
+    input: Input | None
     output: Affine | None = None
+    smooth: np.ndarray | None = None
+    rotation: int = 0
+    low_rank: LowRank | None = None
+    bias: np.ndarray | None = None
 
-    def quantize_weight(self, weight: np.ndarray) -> np.ndarray:
-        """Round a float weight (out_channels, ...) to int8 of the same shape.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerQuant) and _packed(self) == _packed(other)
 
-        Raises:
-            QuantPlanError: the weight has another number of output channels.
-        """
-        if weight.shape[0] != len(self.weight_scale):
-            raise QuantPlanError(f"{len(self.weight_scale)} weight scales for {weight.shape[0]} output channels")
-        scale = np.asarray(self.weight_scale, np.float32).reshape(-1, *(1,) * (weight.ndim - 1))
-        return np.clip(np.round(weight.astype(np.float32) / scale), -127, 127).astype(np.int8)
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the input is smoothed or rotated, or goes through a second branch."""
+        return self.smooth is not None or bool(self.rotation) or self.low_rank is not None
+
+    def fault(self) -> str | None:
+        """What contradicts itself."""
+        if self.op not in get_args(Op):
+            return f"has the unknown op {self.op!r}"
+        if self.output is not None and (self.op != "conv" or self.input is None):
+            return "has an output grid but is no integer convolution"
+        for grid in (self.weight, self.input, self.output):
+            fault = None if grid is None else grid.fault()
+            if fault is not None:
+                return fault
+        if self.rotation & (self.rotation - 1) or self.rotation < 0:
+            return f"rotates {self.rotation} channels together, which is no power of two"
+        arrays = [self.smooth, self.bias, *(() if self.low_rank is None else (self.low_rank.down, self.low_rank.up))]
+        if not all(array is None or np.isfinite(array).all() for array in arrays):
+            return "has a number that is not finite"
+        if self.smooth is not None and (self.smooth <= 0).any():
+            return "smooths by a number that is not positive"
+        return None
 
 
 @dataclass(frozen=True)
@@ -120,11 +148,6 @@ class QuantPlan:
             **{name: attention.scheme for name, attention in self.attentions.items()},
         }
 
-    @property
-    def integer_layers(self) -> set[str]:
-        """The layers that compute in integers, so not those whose weights are only stored in 8 bits."""
-        return {name for name, layer in self.layers.items() if layer.input is not None}
-
     def validate(self) -> None:
         """Check every number.
 
@@ -136,27 +159,21 @@ class QuantPlan:
         if self.inference_precision not in get_args(Precision):
             raise QuantPlanError(f"the plan has the unknown inference precision {self.inference_precision!r}")
         for name, layer in self.layers.items():
-            if layer.op not in get_args(Op):
-                raise QuantPlanError(f"layer {name!r} has the unknown op {layer.op!r}")
             if name in self.skipped:
                 raise QuantPlanError(f"layer {name!r} is both quantized and skipped")
-            if layer.output is not None and (layer.op != "conv" or layer.input is None):
-                raise QuantPlanError(f"layer {name!r} has an output grid but is no integer convolution")
-            grids = [grid for grid in (layer.input, layer.output) if grid is not None]
-            scales = [*layer.weight_scale, *(grid.scale for grid in grids)]
-            if not layer.weight_scale or not all(math.isfinite(scale) and scale > 0 for scale in scales):
-                raise QuantPlanError(f"layer {name!r} has a scale that is not positive and finite")
-            for grid in grids:
-                if not 0 <= grid.zero_point <= 255:
-                    raise QuantPlanError(f"layer {name!r} has the zero point {grid.zero_point}, outside 0..255")
-
+            try:
+                fault = layer.fault()
+            except ElementError as error:
+                raise QuantPlanError(f"layer {name!r}: {error}") from None
+            if fault is not None:
+                raise QuantPlanError(f"layer {name!r} {fault}")
         for name, attention in self.attentions.items():
             if not all(math.isfinite(scale) and scale > 0 for scale in (attention.query, attention.key)):
                 raise QuantPlanError(f"attention {name!r} has a scale that is not positive and finite")
 
     def to_json(self) -> str:
-        """Serialise; floats keep all their digits, so a round trip is exact."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, sort_keys=True)
+        """Serialise; floats keep all their digits, arrays their bytes, so a round trip is exact."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **_packed(self)}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> QuantPlan:
@@ -181,8 +198,58 @@ class QuantPlan:
         return plan
 
 
+_INPUTS: dict[str, type[Affine] | type[Scaled] | type[Dynamic]] = {
+    "affine": Affine,
+    "scaled": Scaled,
+    "dynamic": Dynamic,
+}
+
+
+def _packed(value: Any) -> Any:
+    """A dataclass as plain data; arrays by their bytes, kinds of input by their names."""
+    if isinstance(value, np.ndarray):
+        data = np.ascontiguousarray(value)
+        little = data.astype(data.dtype.newbyteorder("<"), copy=False)
+        return {
+            "dtype": data.dtype.name,
+            "shape": list(data.shape),
+            "base64": base64.b64encode(little.tobytes()).decode(),
+        }
+    if isinstance(value, Mapping):
+        return {name: _packed(one) for name, one in value.items()}
+    if hasattr(value, "__dataclass_fields__"):
+        kind = next((name for name, kind in _INPUTS.items() if type(value) is kind), None)
+        plain = {one.name: _packed(getattr(value, one.name)) for one in fields(value)}
+        return plain if kind is None else {"kind": kind, **plain}
+    return value
+
+
+def _array(raw: Any) -> np.ndarray | None:
+    if raw is None:
+        return None
+    dtype = raw["dtype"]
+    if dtype not in ("float32", "float16", "int8"):
+        raise QuantPlanError(f"the plan holds an array of {dtype!r}")
+    flat = np.frombuffer(base64.b64decode(raw["base64"], validate=True), np.dtype(dtype).newbyteorder("<"))
+    return flat.astype(dtype).reshape(raw["shape"])
+
+
+def _input(raw: Any) -> Any:
+    if raw is None:
+        return None
+    raw = dict(raw)
+    return _INPUTS[raw.pop("kind")](**raw)
+
+
 def _layer(raw: dict[str, Any]) -> LayerQuant:
     raw = dict(raw)
-    grids = {key: None if raw[key] is None else Affine(**raw[key]) for key in ("input", "output")}
-    scales = tuple(float(scale) for scale in raw.pop("weight_scale"))
-    return LayerQuant(weight_scale=scales, **(raw | grids))
+    weight = dict(raw.pop("weight"))
+    grid = WeightGrid(**weight | {name: _array(weight.get(name)) for name in ("scale", "numbers")})
+    branch = raw.pop("low_rank")
+    return LayerQuant(
+        weight=grid,
+        low_rank=None if branch is None else LowRank(**{name: _array(one) for name, one in branch.items()}),  # type: ignore[arg-type]
+        **raw
+        | {name: _input(raw[name]) for name in ("input", "output")}
+        | {name: _array(raw[name]) for name in ("smooth", "bias")},
+    )

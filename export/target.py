@@ -37,6 +37,17 @@ class Target:
         return tuple(name for name, execution in self.formats.items() if execution == "native")
 
 
+_INTEGER = ("int8-w8a8", "int8-w8a8-tensor", "int4-w4a8")
+"""Schemes of per-tensor unsigned activations and integer weights, one scale a channel: 8-bit kernels run them."""
+
+_STORED = (
+    *("float16", "int8-w8a32", "int4-w4a32-g32", "int4-w4a32-g64", "int4-w4a32-g128", "nvfp4-w4a32"),
+    *("int8-w8a8-token", "int4-w4a8-g64", "int4-w4a4", "int4-w4a4-g64"),
+    *("fp8-w8a8", "fp8-w8a8-token", "fp8-e5m2-w8a8", "mxfp8", "mxfp4", "nvfp4", "nvfp4-w4a8", "fp4-w4a8"),
+    *("fp8-any-w8a8", "fp4-any-w4a8", "fp4-any-w4a4"),
+)
+"""Schemes whose weights a CPU only stores: activations stay in float32."""
+
 TARGETS: dict[str, Target] = {
     row.name: row
     for row in (
@@ -47,11 +58,10 @@ TARGETS: dict[str, Target] = {
             dialect="openvino",
             formats={
                 "float32": "native",
-                "float16": "storage only",
                 "bf16": "native",
-                "int8-w8a32": "storage only",
-                "int8-w8a8": "native",
                 "int8-qk": "native",
+                **dict.fromkeys(_INTEGER, "native"),
+                **dict.fromkeys(_STORED, "storage only"),
             },
         ),
         Target(
@@ -61,10 +71,9 @@ TARGETS: dict[str, Target] = {
             dialect="onnxruntime",
             formats={
                 "float32": "native",
-                "float16": "storage only",
                 "bf16": "storage only",
-                "int8-w8a32": "storage only",
-                "int8-w8a8": "native",
+                **dict.fromkeys(_INTEGER, "native"),
+                **dict.fromkeys(_STORED, "storage only"),
             },
         ),
     )

@@ -27,7 +27,7 @@ from compress.measure.quality import Workload, generate
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.prompts import Prompt
 from compress.sampler import compile_sampler
-from export.quant_plan import Affine, LayerQuant, QuantPlan
+from export.quant_plan import Affine, LayerQuant, QuantPlan, WeightGrid
 from export.step_plan import Segment
 
 SIDE = 16
@@ -91,7 +91,7 @@ def int8(component: nn.Module, run: Callable[[], object]) -> QuantPlan:
         largest = modules[name].weight.detach().abs().flatten(1).amax(1).clamp_min(1e-6)
         op = "conv" if isinstance(modules[name], nn.Conv2d) else "linear"
         scales = tuple(float(scale) for scale in largest / 127)
-        layers[name] = LayerQuant(op, "int8-w8a8", scales, Affine.of_range(low, high))  # type: ignore[arg-type]
+        layers[name] = LayerQuant(op, "int8-w8a8", WeightGrid.per_channel(scales), Affine.of_range(low, high))  # type: ignore[arg-type]
     return QuantPlan(layers)
 
 
@@ -124,7 +124,7 @@ def with_fault(model: LatentDiffusion, part: str, layer: str, factor: float) -> 
     model = model.clone()
     plan = model.quant_plans[part]
     row = plan.layers[layer]
-    wrong = replace(row, weight_scale=tuple(scale * factor for scale in row.weight_scale))
+    wrong = replace(row, weight=replace(row.weight, scale=row.weight.scale * np.float32(factor)))
     model.quant_plans[part] = QuantPlan({**plan.layers, layer: wrong})
     return model
 

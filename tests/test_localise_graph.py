@@ -36,7 +36,7 @@ def built(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
             if faulty:
                 plan = lowered.quant_plans["denoiser"]
                 row = plan.layers[FAULT]
-                wrong = replace(row, weight_scale=tuple(40 * scale for scale in row.weight_scale))
+                wrong = replace(row, weight=replace(row.weight, scale=40 * row.weight.scale))
                 lowered.quant_plans["denoiser"] = QuantPlan({**plan.layers, FAULT: wrong})
             folders[faulty] = tmp_path_factory.mktemp("engine") / "built"
             build(lowered, folders[faulty])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.errors import RefusedError
 from compress.model.latent_diffusion import STATE_FILE, LatentDiffusion, load
-from export.quant_plan import Affine, LayerQuant, QuantPlan
+from export.quant_plan import Affine, LayerQuant, QuantPlan, WeightGrid
 from tests import tiny
 
 FAMILIES = ["unet", "sd3", "dit", "pixart", "flux", "sdxl"]
@@ -194,7 +194,7 @@ def test_functions_simulate_quantization(tiny_folder: Folder) -> None:
         layer = model.parts()[part].component.get_submodule(name)
         op = "conv" if layer.weight.ndim == 4 else "linear"
         scales = tuple((layer.weight.flatten(1).abs().amax(1) / 127).tolist())
-        model.quant_plans[part] = QuantPlan({name: LayerQuant(op, "int8-w8a8", scales, grid)})
+        model.quant_plans[part] = QuantPlan({name: LayerQuant(op, "int8-w8a8", WeightGrid.per_channel(scales), grid)})
     off, on = run_all(model, simulate=False), run_all(model)
     for part, output in exact.items():
         np.testing.assert_array_equal(off[part], output)
@@ -256,7 +256,10 @@ def test_save_and_load(tiny_folder: Folder, tmp_path: Path, family: str) -> None
     """What was saved loads bit for bit, here and in diffusers; saving again writes the same files."""
     model = load(tiny_folder(family))
     grid = Affine.of_range(-1.0, 2.0)
-    plan = QuantPlan({"proj_out": LayerQuant("linear", "int8-w8a8", (0.1, 0.3), grid)}, {"pos_embed": "sensitive"})
+    plan = QuantPlan(
+        {"proj_out": LayerQuant("linear", "int8-w8a8", WeightGrid.per_channel((0.1, 0.3)), grid)},
+        {"pos_embed": "sensitive"},
+    )
     model.quant_plans["denoiser"] = plan
     model.layout = model.family.cut_layout(model.denoiser, 1)
     model.conditioning["max_sequence_length"] = 1

@@ -18,8 +18,8 @@ from compress.passes.base import PassContext
 from compress.passes.quantize import Quantize
 from compress.quantization.fake_quantize import fake_quantized
 from export.backends import backend
-from export.qdq import LoweringError, lower, require_all
-from export.quant_plan import QuantPlan
+from export.qdq import DIALECTS, LoweringError, lower, require_all
+from export.quant_plan import QuantPlan, WeightGrid
 from export.to_onnx import export_module, strip_metadata
 from tests.tiny_engine import sampled
 
@@ -172,7 +172,7 @@ def test_weights_stored_in_8_bits_compute_in_float(exported: Callable[[str], Exp
     part = exported("unet/text_encoder")
     layers = {name: replace(layer, scheme="int8-w8a32", input=None) for name, layer in part.plan.layers.items()}
     plan = replace(part.plan, layers=layers)
-    assert plan.integer_layers == set()
+    assert not any(DIALECTS["onnxruntime"].computes(layer) for layer in plan.layers.values())
     for dialect, name in RUNTIMES.items():
         path, nodes = part.lowered(dialect, tmp_path, plan)
         assert nodes == {"weight only": len(layers)}
@@ -214,8 +214,8 @@ def test_a_plan_that_does_not_fit_is_an_error(exported: Callable[[str], Exported
         attempt(part.plan, strip=True)
     with pytest.raises(LoweringError, match="is planned as linear but is a Conv"):
         attempt(replace(part.plan, layers={name: replace(layer, op="linear", output=None)}))
-    with pytest.raises(LoweringError, match="output channels, its plan"):
-        attempt(replace(part.plan, layers={name: replace(layer, weight_scale=(1.0,))}))
+    with pytest.raises(LoweringError, match="has 2 weight scales for"):
+        attempt(replace(part.plan, layers={name: replace(layer, weight=WeightGrid.per_channel((1.0, 1.0)))}))
     with pytest.raises(LoweringError, match="the dialect 'tensorrt' is unknown"):
         attempt(part.plan, dialect="tensorrt")
     found = attempt(more, partial=True)

@@ -15,10 +15,11 @@ from compress.errors import PassError, RecipeError, RefusedError
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.passes.base import Edit, PassContext
 from compress.passes.quantize import LayerRule, Quantize
-from compress.quantization.brevitas_layers import calibrated_grids, set_grids, weight_scales, with_brevitas_layers
-from compress.quantization.fake_quantize import fake_quantized, round_to
+from compress.quantization.fake_quantize import fake_quantized
 from compress.quantization.observers import HALF, Histogram
-from export.quant_plan import Affine, LayerQuant, QuantPlan
+from compress.quantization.rounding import round_input
+from export.quant_plan import Affine, LayerQuant, QuantPlan, WeightGrid
+from tests.brevitas_layers import calibrated_grids, set_grids, weight_scales, with_brevitas_layers
 from tests.tiny_engine import sampled
 
 STEPS = 2
@@ -74,9 +75,10 @@ def test_every_layer_is_quantized_or_skipped_with_a_reason(
     denoiser = copy.quant_plans["denoiser"]
     assert set(denoiser.skipped) == set(model.family.sensitive(model.denoiser))
     assert len(denoiser.layers) > len(denoiser.skipped)
-    assert set(denoiser.layers) - denoiser.integer_layers == set(model.family.modulation(model.denoiser))
-    assert copy.quant_plans["vae_encoder"].integer_layers == set()
-    assert len(copy.quant_plans["vae_decoder"].integer_layers) > 10
+    stored = {name for name, layer in denoiser.layers.items() if layer.input is None}
+    assert stored == set(model.family.modulation(model.denoiser))
+    assert not any(layer.input for layer in copy.quant_plans["vae_encoder"].layers.values())
+    assert sum(layer.input is not None for layer in copy.quant_plans["vae_decoder"].layers.values()) > 10
     bytes_before, bytes_after = (sum(getattr(edit, key) for edit in edits) for key in ("bytes_before", "bytes_after"))
     weights = sum(p.numel() for part in model.parts().values() for p in part.component.parameters())
     vae = sum(p.numel() for p in model.vae.parameters())
@@ -181,7 +183,7 @@ def test_a_layer_that_never_runs_is_an_error(models: Callable[[str], LatentDiffu
     model = models("unet").clone()
     model.denoiser.add_module("idle", torch.nn.Linear(2, 2))
     with pytest.raises(PassError, match=r"1 layers never ran in calibration, e\.g\. denoiser\.idle"):
-        calibrate.observe(model, {"denoiser": ["idle", "conv_in"]}, "minmax", context(model))
+        calibrate.observe(model, {"denoiser": ["idle", "conv_in"]}, context(model))
 
 
 def test_bias_correction_removes_the_mean_error(models: Callable[[str], LatentDiffusion]) -> None:
@@ -212,7 +214,7 @@ def test_fake_quantize_equals_brevitas(op: str) -> None:
     theirs = with_brevitas_layers(module, ["0"])
     scales = weight_scales(theirs[0])  # type: ignore[index]
     output = Affine.of_range(-2.0, 3.0) if op == "conv" else None
-    quant = LayerQuant(op, "int8-w8a8", scales, Affine.of_range(-1.7, 2.1), output)  # type: ignore[arg-type]
+    quant = LayerQuant(op, "int8-w8a8", WeightGrid.per_channel(scales), Affine.of_range(-1.7, 2.1), output)  # type: ignore[arg-type]
     set_grids(theirs[0], quant)  # type: ignore[index]
     ours = fake_quantized(module, QuantPlan({"0": quant}))
     with torch.no_grad():
@@ -224,19 +226,9 @@ def test_fake_quantize_equals_brevitas(op: str) -> None:
     assert (module(x) - ours(x)).abs().max() > 1e-3
 
 
-def test_the_average_observer_is_brevitas_calibration(models: Callable[[str], LatentDiffusion]) -> None:
-    model = models("unet")
-    layers = {"denoiser": ["down_blocks.0.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.ff.net.2"]}
-    average = calibrate.observe(model, layers, "average", context(model))
-    widest = calibrate.observe(model, layers, "minmax", context(model))
-    for key, (grid, output) in widest.items():
-        assert 0.5 < average[key][0].scale / grid.scale < 1.01
-        assert (output is None) == (average[key][1] is None)
-
-
 def test_fake_quantize_shares_what_it_does_not_change(models: Callable[[str], LatentDiffusion]) -> None:
     denoiser = models("unet").denoiser
-    quant = LayerQuant("conv", "int8-w8a32", (1.0,) * 16, None)
+    quant = LayerQuant("conv", "int8-w8a32", WeightGrid.per_channel((1.0,) * 16), None)
     copy = fake_quantized(denoiser, QuantPlan({"conv_in": quant}))
     mine, theirs = dict(copy.named_parameters()), dict(denoiser.named_parameters())
     assert [name for name in mine if mine[name] is not theirs[name]] == ["conv_in.weight"]
@@ -270,6 +262,6 @@ def test_observers_clip_outliers_in_the_order_of_their_kind() -> None:
     grids = {observer: seen.grid(observer) for observer in ("minmax", "percentile", "mse")}
     assert abs(grids["minmax"].range[1] - 60.0) < grids["minmax"].scale
     assert grids["percentile"].range[1] < 6.0
-    errors = {name: float(((round_to(x, grid) - x) ** 2).mean()) for name, grid in grids.items()}
+    errors = {name: float(((round_input(x, grid) - x) ** 2).mean()) for name, grid in grids.items()}
     assert errors["mse"] < 0.9 * errors["minmax"]
     assert errors["mse"] < 0.9 * errors["percentile"]

@@ -67,8 +67,9 @@ def test_it_makes_up_for_quantization(tiny_folder: Callable[[str], Path]) -> Non
     found = model(tiny_folder)
     clipped = toy.quantized(found.clone(), "denoiser", ["conv_out"])
     layer = clipped.quant_plans["denoiser"].layers["conv_out"]
-    scales = tuple(0.4 * scale for scale in layer.weight_scale)
-    clipped.quant_plans["denoiser"] = QuantPlan({"conv_out": replace(layer, weight_scale=scales)})
+    clipped.quant_plans["denoiser"] = QuantPlan(
+        {"conv_out": replace(layer, weight=replace(layer.weight, scale=np.float32(0.4) * layer.weight.scale))}
+    )
     full, runtime = sample(found.runtime()), clipped.runtime()
     errors = [
         float(np.mean((sample(runtime.altered(plan=applied(one).step_plan)) - full) ** 2)) for one in (clipped, found)

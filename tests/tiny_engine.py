@@ -18,7 +18,7 @@ from compress.sampler import compile_sampler
 from compress.schedulers import completed
 from compress.store import Store
 from export.manifest import Manifest
-from export.quant_plan import Affine, LayerQuant, QuantPlan
+from export.quant_plan import Affine, LayerQuant, QuantPlan, WeightGrid
 from export.runtime import LatentSpec, Runtime
 from export.step_plan import Segment
 from export.target import TARGETS
@@ -85,8 +85,14 @@ def quantized(model: LatentDiffusion, part: str, layers: Sequence[str]) -> Laten
         conv = weight.ndim == 4
         low, high, out_low, out_high = ranges[name]
         output = Affine.of_range(out_low, out_high) if conv else None
-        scales = tuple(float(s) for s in np.maximum(scale, 1e-8))
-        plan[name] = LayerQuant("conv" if conv else "linear", "int8-w8a8", scales, Affine.of_range(low, high), output)
+        scales = np.maximum(scale, 1e-8)
+        plan[name] = LayerQuant(
+            "conv" if conv else "linear",
+            "int8-w8a8",
+            WeightGrid.per_channel(scales),
+            Affine.of_range(low, high),
+            output,
+        )
     model.quant_plans[part] = QuantPlan(plan)
     return model
 

@@ -25,6 +25,7 @@ from export.engine import Engine
 from export.errors import EngineError, ExportError
 from export.manifest import STEP_PLAN, Golden, Manifest, TargetEntry
 from export.qdq import DIALECTS, Lowered, LoweringError, lower, require_all
+from export.quant_plan import QuantPlan
 from export.target import Target
 from export.to_onnx import OPSET, export_module, strip_metadata
 from export.tokenizer import FILE as TOKENIZER_FILE
@@ -124,7 +125,7 @@ def export_engine(
         written = _float_graph(job, store)
         for dialect in dialects:
             quantized = job.part in model.quant_plans
-            own = quantized and bool(model.quant_plans[job.part].integer_layers)
+            own = quantized and _computes(model.quant_plans[job.part], dialects)
             if dialect != dialects[0] and not own:
                 graphs[dialect][job.function] = graphs[dialects[0]][job.function]
                 continue
@@ -342,6 +343,11 @@ def _lower(graph: onnx.ModelProto, model: LatentDiffusion, job: _Job, dialect: s
         return lower(graph, model.quant_plans[job.part], dialect, prefix=f"{job.module.prefix}.", partial=True)
     except LoweringError as error:
         raise PassError(f"{job.function}: {error}") from error
+
+
+def _computes(plan: QuantPlan, dialects: Sequence[str]) -> bool:
+    """Whether a dialect computes a layer in integers, so that each needs graphs of its own."""
+    return any(DIALECTS[dialect].computes(layer) for dialect in dialects for layer in plan.layers.values())
 
 
 def _require_all_lowered(

@@ -10,7 +10,7 @@ from importlib import metadata
 
 from compress.doctor import processor_name
 
-PACKAGES = ("torch", "diffusers", "transformers", "brevitas", "onnx", "onnxruntime", "openvino", "numpy")
+PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy")
 BUILT = "built"
 SIMULATED = "simulated"
 STORAGE_ONLY = "storage only"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import override
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.model.latent_diffusion import LatentDiffusion
+    from compress.quantization.layer import Methods
+    from compress.quantization.statistics import LayerStatistics
     from export.quant_plan import AttentionQuant, LayerQuant, QuantPlan, Storage
     from export.target import Target
 
@@ -36,6 +39,10 @@ _SENSITIVE = {
     "vae_encoder": r"^quant_conv$|^encoder\.conv_(in|out)$",
 }
 """Cheap layers whose error reaches every pixel; those of a denoiser are known to its family."""
+
+
+_LOST = {True: 0.3, False: 0.02}
+"""Whether the bits are few -> of the squared weights of a layer, at most lost in rounding: more is no rounding."""
 
 
 class LayerRule(BaseModel):
@@ -66,8 +73,20 @@ class Quantize(Pass):
             speed is that of reading their weights, and their error is everywhere.
         attention: `int8-qk` also computes the scores of the denoiser's attention from 8-bit queries and keys, on
             targets where that is faster (SageAttention, Zhang et al. 2024, arXiv 2410.02367, with calibrated scales).
-        observer: how activation ranges are chosen; `average` is Brevitas' own calibration.
-        bias_correction: add each layer's mean error to its bias.
+        observer: how static activation ranges are chosen: all that was seen, all but 1e-5 at either end, or the range
+            of the least mean squared error.
+        weights: how weight scales are: `minmax` reaches the largest weight, `mse` has the least error of the output.
+        smooth: divide the inputs of each layer, channel by channel, and multiply its weights: with a given strength
+            from 0 to 1, or `search` for each layer's best (SmoothQuant, Xiao et al. 2023, arXiv 2211.10438).
+        rotate: rotate the inputs of linear layers by Hadamard matrices, so that outliers spread over the channels
+            (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456).
+        low_rank: the rank of a 16-bit branch beside each layer (SVDQuant, Li et al. 2024, arXiv 2411.05007).
+        rounding: `nearest`; `gptq` (Frantar et al. 2023, arXiv 2210.17323); or `learned` (AdaRound, Nagel et al. 2020,
+            arXiv 2004.10568, on the steps of integers or floats).
+        bias_correction: add each layer's mean error to its bias (Nagel et al. 2019, arXiv 1906.04721).
+        finetune: steps in which layers that read the timestep, the quarter of the others with the largest errors, the
+            scales of activations and the biases of the denoiser learn to give the float output (QuEST, Wang et al.
+            2025, arXiv 2402.03666); 300 are a good start.
     """
 
     name: ClassVar[str] = "quantize"
@@ -81,8 +100,14 @@ class Quantize(Pass):
     sensitive: str = "none"
     modulation: str = "int8-w8a32"
     attention: Literal["none", "int8-qk"] = "none"
-    observer: Literal["minmax", "percentile", "mse", "average"] = "mse"
+    observer: Literal["minmax", "percentile", "mse"] = "mse"
+    weights: Literal["minmax", "mse"] = "mse"
+    smooth: float | Literal["search"] | None = None
+    rotate: bool = False
+    low_rank: int = 0
+    rounding: Literal["nearest", "gptq", "learned"] = "nearest"
     bias_correction: bool = True
+    finetune: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         """Check every name.
@@ -129,7 +154,7 @@ class Quantize(Pass):
         special = self._special(model, part, component)
         own = _OWN.get(part, "")
         layers = {name: layer for name, layer in _layers(component).items() if re.search(own, name)}
-        width = scheme(_storage(default)).weight_bytes
+        width = scheme(_storage(default)).weight.bits / 8
         edits = []
         for name, layer in layers.items():
             chosen, reason = default, f"{part} is {default.name}"
@@ -139,9 +164,11 @@ class Quantize(Pass):
                 if fnmatch.fnmatchcase(f"{part}.{name}", rule.match):
                     chosen, reason = scheme(rule.scheme), f"layers[{i}] matches {rule.match!r}"
                     matched.add(i)
+            if not _plain(layer):
+                chosen, reason = scheme("none"), "a convolution with groups, dilation or other padding than zeros"
             weight: Tensor = layer.weight  # type: ignore[assignment]
             numbers, channels = weight.numel(), weight.shape[0]
-            after = numbers * chosen.weight_bytes + 4 * channels if chosen.is_quantized else numbers * width
+            after = chosen.weight.bytes_of(channels, numbers // channels) if chosen.is_quantized else numbers * width
             action = chosen.name if chosen.is_quantized else SKIP
             edits.append(Edit(self.name, f"{part}.{name}", action, 4 * numbers, int(after), reason))
         weights = {f"{name}.weight" for name in layers}
@@ -189,33 +216,96 @@ class Quantize(Pass):
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
         from compress import calibrate
 
-        rows = _rows(edits)
-        chosen = {
-            part: {name: edit.action for name, edit in own.items() if edit.action not in (SKIP, QK)}
-            for part, own in rows.items()
-        }
-        calibrated = {
-            part: [n for n, action in own.items() if scheme(action).is_calibrated] for part, own in chosen.items()
-        }
-        grids = calibrate.observe(model, calibrated, self.observer, context) if any(calibrated.values()) else {}
-        attending = [name for name, edit in rows.get("denoiser", {}).items() if edit.action == QK]
+        attending = [name for name, edit in _rows(edits).get("denoiser", {}).items() if edit.action == QK]
         attentions = calibrate.observe_attention(model, attending, context) if attending else {}
-        layers = calibrate.layer_quants(model, chosen, grids)
-        if self.bias_correction and grids:
-            calibrate.correct_biases(model, layers, context)
+        self.quantize(model, edits, self.observe(model, edits, context), context, attentions)
+
+    def observe(
+        self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext
+    ) -> dict[tuple[str, str], LayerStatistics]:
+        """What layers see in calibration, (part, layer) -> statistics: those that round their inputs.
+
+        Those that are only stored in few bits are watched, too, where their weights are not rounded to the nearest.
+        """
+        from compress import calibrate
+
+        methods, watched = self._methods(), dict[str, list[str]]()
+        for part, own in _rows(edits).items():
+            schemes = {name: scheme(edit.action) for name, edit in own.items() if edit.action not in (SKIP, QK)}
+            watched[part] = [name for name, form in schemes.items() if form.is_calibrated or methods.needs_rows]
+        kept = calibrate.ROWS if methods.looks_at_rows else 0
+        return calibrate.observe(model, watched, context, rows=kept) if any(watched.values()) else {}
+
+    def quantize(
+        self,
+        model: LatentDiffusion,
+        edits: Sequence[Edit],
+        seen: Mapping[tuple[str, str], LayerStatistics],
+        context: PassContext,
+        attentions: Mapping[str, AttentionQuant],
+    ) -> None:
+        """Give the model its quantization plans.
+
+        Args:
+            model: not quantized yet.
+            edits: what is planned for it.
+            seen: what `observe` gave.
+            context: of the pass.
+            attentions: of the denoiser, calibrated.
+        """
+        from compress import calibrate
+        from compress.quantization.layer import quantized_layer
+
+        methods, rows = self._methods(), _rows(edits)
+        total = sum(edit.action not in (SKIP, QK) for own in rows.values() for edit in own.values())
+        done = 0
         for part, own in rows.items():
+            component, layers = calibrate.component_of(model, part), {}
+            for name, edit in own.items():
+                if edit.action in (SKIP, QK):
+                    continue
+                layer, statistics = component.get_submodule(name), seen.get((part, name))
+                layers[name] = quantized_layer(layer, scheme(edit.action), statistics, methods)
+                done += 1
+                context.progress("quantize", done, total)
             skipped = {name: edit.reason for name, edit in own.items() if edit.action == SKIP}
-            plan = self._quant_plan(part, layers[part], skipped, attentions if part == "denoiser" else {})
+            plan = self._quant_plan(part, layers, skipped, attentions if part == "denoiser" else {})
+            if plan is not None and part == "denoiser" and self.finetune:
+                plan = self._finetuned(model, plan, seen, context)
             if plan is not None:
                 model.quant_plans[part] = plan
-        model.provenance.append({"pass": self.name, "scheme": self.scheme, "layers": sum(map(len, layers.values()))})
+        model.provenance.append({"pass": self.name, "scheme": self.scheme, "layers": total})
+
+    def _finetuned(
+        self,
+        model: LatentDiffusion,
+        plan: QuantPlan,
+        seen: Mapping[tuple[str, str], LayerStatistics],
+        context: PassContext,
+    ) -> QuantPlan:
+        from compress.finetune import finetuned, recorded
+        from compress.quantization.layer import output_error
+
+        errors = {
+            name: output_error(model.denoiser.get_submodule(name), layer, seen["denoiser", name])
+            for name, layer in plan.layers.items()
+            if ("denoiser", name) in seen
+        }
+        worst = sorted(errors, key=errors.__getitem__, reverse=True)[: -(-len(errors) // 4)]
+        selected = {name for name in (*worst, *model.family.modulation(model.denoiser)) if name in plan.layers}
+        return finetuned(model, plan, recorded(model, context), selected, self.finetune, context)
+
+    def _methods(self) -> Methods:
+        from compress.quantization.layer import Methods
+
+        return Methods(**{one.name: getattr(self, one.name) for one in fields(Methods)})
 
     def _quant_plan(
         self,
         part: str,
         layers: dict[str, LayerQuant],
         skipped: dict[str, str],
-        attentions: dict[str, AttentionQuant],
+        attentions: Mapping[str, AttentionQuant],
     ) -> QuantPlan | None:
         from export.quant_plan import QuantPlan
 
@@ -244,13 +334,14 @@ class Quantize(Pass):
                 self._check_layer(f"{part}.{name}", component.get_submodule(name), layer)
 
     def _check_layer(self, name: str, layer: nn.Module, quant: LayerQuant) -> None:
-        """Rounding a weight to its scales must not cost more than 8 bits do."""
-        from compress.quantization.fake_quantize import rounded_weight
+        """What the few bits make of the weights must be nearer to them than nothing is."""
+        from compress.quantization.rounding import round_weight
+        from compress.quantization.transforms import weight_of
 
-        weight = layer.weight.detach()  # type: ignore[operator]
-        error = (rounded_weight(weight, quant) - weight).abs().flatten(1).amax(1)
-        step = weight.new_tensor(quant.weight_scale)
-        if bool((error > 0.51 * step + 1e-7).any()):
+        rows = weight_of(layer.weight, quant)  # type: ignore[arg-type]
+        error = round_weight(rows, quant.weight) - rows
+        few = scheme(quant.scheme).weight.bits < 6
+        if not bool(error.square().sum() <= _LOST[few] * rows.square().sum()):
             raise PassError(f"the weights of {name} do not fit the scales planned for them")
 
     def _part_scheme(self, part: str) -> Scheme:
@@ -275,6 +366,15 @@ def _layers(component: nn.Module) -> dict[str, nn.Module]:
     from torch import nn
 
     return {name: layer for name, layer in component.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a layer is linear, or a convolution of whole channels over neighbouring pixels with zeros around them."""
+    from torch import nn
+
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
 
 
 def _storage(default: Scheme) -> Storage:

@@ -1,4 +1,4 @@
-"""Fake-quantize: a float network that rounds weights and activations exactly as its integer lowering will."""
+"""Fake-quantize: a float network that rounds weights and activations exactly as its lowering will."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from compress.errors import PassError
 from compress.quantization.attention import intercept, rounding
+from compress.quantization.rounding import round_input, round_weight
+from compress.quantization.transforms import InputTransform, product, weight_of
 from export.qdq import DIALECTS, HALVED
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 
@@ -31,7 +33,8 @@ def fake_quantized(module: nn.Module, plan: QuantPlan, *, dialect: str | None = 
         layer = _submodule(quantized, name)
         if not isinstance(layer, nn.Conv2d if quant.op == "conv" else nn.Linear):
             raise PassError(f"the quantization plan has {name!r} as {quant.op}, but it is a {type(layer).__name__}")
-        _round_layer(layer, quant, dialect is None or DIALECTS[dialect].conv_output)
+        computes = dialect is None or DIALECTS[dialect].computes(quant)
+        round_layer(layer, quant, computes, computes and (dialect is None or DIALECTS[dialect].conv_output))
     if dialect is None or DIALECTS[dialect].attention:
         for name, attention in plan.attentions.items():
             intercept(_submodule(quantized, name), rounding(attention))
@@ -40,16 +43,52 @@ def fake_quantized(module: nn.Module, plan: QuantPlan, *, dialect: str | None = 
     return quantized
 
 
-def round_to(x: Tensor, grid: Affine) -> Tensor:
-    """Quantize and dequantize, as ONNX `QuantizeLinear`, `DequantizeLinear` do; any shape."""
-    quantized = torch.clamp(torch.round(x / grid.scale) + grid.zero_point, 0, 255)
-    return (quantized - grid.zero_point) * grid.scale
+def round_layer(layer: nn.Module, quant: LayerQuant, inputs: bool = True, outputs: bool = True) -> None:
+    """Let a linear or convolution layer compute with the numbers of its plan; its weight becomes the rounded one.
+
+    Args:
+        layer: not shared; its parameters are replaced, not changed.
+        quant: of the layer.
+        inputs: round the input; without it the few bits only store the weights.
+        outputs: round the output of a convolution.
+    """
+    weight: Any = layer.weight
+    rows = round_weight(weight_of(weight, quant), quant.weight)
+    if quant.low_rank is not None and not (inputs and quant.input is not None):
+        rows = rows + product(quant, rows.device)
+    layer.weight = nn.Parameter(rows.reshape(weight.shape), requires_grad=False)
+    if quant.bias is not None:
+        layer.bias = nn.Parameter(torch.from_numpy(quant.bias).to(weight.device), requires_grad=False)
+    if quant.transforms or (inputs and quant.input is not None):
+        after = quant.output if outputs else None
+        layer.forward = _Forward(layer, quant, inputs and quant.input is not None, after)
 
 
-def rounded_weight(weight: Tensor, quant: LayerQuant) -> Tensor:
-    """The float values of the int8 weight, (out_channels, ...)."""
-    scale = torch.tensor(quant.weight_scale).reshape(-1, *(1,) * (weight.ndim - 1))
-    return torch.clamp(torch.round(weight.detach().float() / scale), -127, 127) * scale
+class _Forward:
+    """The computation of a layer with its input transformed and rounded, and perhaps a second branch beside it."""
+
+    def __init__(self, layer: nn.Module, quant: LayerQuant, rounds: bool, after: Affine | None) -> None:
+        self.layer, self.quant, self.rounds, self.after = layer, quant, rounds, after
+        device = next(layer.parameters()).device
+        self.transform = InputTransform(quant, device)
+        self.branch = product(quant, device) if quant.low_rank is not None and rounds else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, layer = self.transform(x), self.layer
+        rounded = x
+        if self.rounds and self.quant.input is not None:
+            rounded = round_input(x, self.quant.input, -1 if self.quant.op == "linear" else 1)
+        y = computed(layer, rounded, layer.weight, layer.bias)  # type: ignore[arg-type]
+        if self.after is not None:
+            y = round_input(y, self.after)
+        return y if self.branch is None else y + computed(layer, x, self.branch, None)
+
+
+def computed(layer: nn.Module, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """What a linear or convolution layer gives with other weights, of any shape that has as many numbers."""
+    if isinstance(layer, nn.Conv2d):
+        return layer._conv_forward(x, rows.reshape(layer.weight.shape), bias)
+    return nn.functional.linear(x, rows, bias)
 
 
 def _submodule(network: nn.Module, name: str) -> nn.Module:
@@ -57,17 +96,6 @@ def _submodule(network: nn.Module, name: str) -> nn.Module:
         return network.get_submodule(name)
     except AttributeError:
         raise PassError(f"the quantization plan names {name!r}, which is not in the network") from None
-
-
-def _round_layer(layer: nn.Module, quant: LayerQuant, conv_outputs: bool) -> None:
-    weight: Any = layer.weight
-    layer.weight = nn.Parameter(rounded_weight(weight, quant), requires_grad=False)
-    if quant.input is not None:
-        grid = quant.input
-        layer.register_forward_pre_hook(lambda _, args: (round_to(args[0], grid), *args[1:]))
-    if quant.output is not None and conv_outputs:
-        after = quant.output
-        layer.register_forward_hook(lambda _, args, output: round_to(output, after))
 
 
 def _halve(module: nn.Module, quantized: set[str]) -> None:

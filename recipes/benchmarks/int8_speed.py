@@ -25,8 +25,9 @@ from torch import nn
 from compress.families import FAMILIES, Family
 from compress.measure.environment import environment
 from compress.quantization.attention import attentions, observed, scales
-from compress.quantization.brevitas_layers import weight_scales, with_brevitas_layers
 from compress.quantization.observers import Histogram
+from compress.quantization.scheme import scheme
+from compress.quantization.weights import weight_grid
 from export.backends import backend
 from export.qdq import lower
 from export.quant_plan import LayerQuant, QuantPlan
@@ -109,13 +110,12 @@ def quant_plan(family: Family, module: Any, denoiser: Any, inputs: list[Mapping[
             module(**tensors)
     for hook in hooks:
         hook.remove()
-    quantized = with_brevitas_layers(denoiser, layers.keys(), activations=False)
     return QuantPlan(
         {
             name: LayerQuant(
                 "conv" if isinstance(layer, nn.Conv2d) else "linear",
                 "int8-w8a32" if name in modulation else "int8-w8a8",
-                weight_scales(quantized.get_submodule(name)),
+                weight_grid(layer.weight.detach().flatten(1), scheme("int8-w8a8").weight),
                 None if name in modulation else seen[name][0].grid("minmax"),
                 seen[name][1].grid("minmax") if isinstance(layer, nn.Conv2d) else None,
             )

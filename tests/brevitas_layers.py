@@ -1,4 +1,4 @@
-"""Brevitas layers in place of linear and convolution layers: weight scales, averaged ranges, a second opinion."""
+"""Brevitas layers in place of linear and convolution layers: a second opinion."""
 
 from __future__ import annotations
 

@@ -1,0 +1,87 @@
+"""What the quantization ladder measures: schemes and methods of the pass `quantize`, on the denoiser alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NEAREST: dict[str, Any] = {"weights": "minmax", "observer": "minmax", "bias_correction": False}
+"""Round to nearest: what every method is compared with."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "nearest": NEAREST,
+    "ranges": {"bias_correction": False},
+    "ranges, bias": {},
+    "smooth": {"smooth": "search"},
+    "rotate": {"rotate": True},
+    "low rank": {"low_rank": 16},
+    "gptq": {"rounding": "gptq"},
+    "learned": {"rounding": "learned"},
+    "smooth, gptq": {"smooth": "search", "rounding": "gptq"},
+    "rotate, gptq": {"rotate": True, "rounding": "gptq"},
+    "smooth, low rank": {"smooth": "search", "low_rank": 16},
+    "smooth, low rank, gptq": {"smooth": "search", "low_rank": 16, "rounding": "gptq"},
+    "rotate, low rank, gptq": {"rotate": True, "low_rank": 16, "rounding": "gptq"},
+    "ranges, bias, finetune": {"finetune": 300},
+    "smooth, low rank, gptq, finetune": {"smooth": "search", "low_rank": 16, "rounding": "gptq", "finetune": 300},
+    "smooth, low rank, learned": {"smooth": "search", "low_rank": 16, "rounding": "learned"},
+}
+"""Name -> keys of the pass; those from `smooth` on also have fitted ranges and corrected biases."""
+
+STORED = ("int8-w8a32", "int4-w4a32-g32", "int4-w4a32-g64", "int4-w4a32-g128", "nvfp4-w4a32")
+EIGHT = (
+    "int8-w8a8",
+    "int8-w8a8-tensor",
+    "int8-w8a8-token",
+    "fp8-w8a8",
+    "fp8-w8a8-token",
+    "fp8-e5m2-w8a8",
+    "mxfp8",
+    "fp8-any-w8a8",
+)
+MIXED = ("int4-w4a8", "int4-w4a8-g64", "fp4-w4a8", "fp4-any-w4a8", "nvfp4-w4a8")
+FOUR = ("int4-w4a4", "int4-w4a4-g64", "mxfp4", "nvfp4", "fp4-any-w4a4")
+
+ABLATED = ("int4-w4a4-g64", "nvfp4", "int4-w4a8")
+"""Schemes that are measured with every method."""
+
+KEY = (
+    *((scheme, "ranges, bias") for scheme in ("int8-w8a8", "int8-w8a8-token", "fp8-w8a8", "mxfp8")),
+    *((scheme, method) for scheme in ("int4-w4a8", "fp4-w4a8") for method in ("nearest", "gptq", "learned")),
+    *(
+        (scheme, method)
+        for scheme in ("int4-w4a4-g64", "nvfp4", "int4-w4a4")
+        for method in ("nearest", "smooth, low rank, gptq")
+    ),
+)
+"""Rungs that are measured with every seed of calibration."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rung: a scheme and a method."""
+
+    scheme: str
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}, {self.method}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Keys of the pass: the denoiser alone is quantized."""
+        return {"scheme": "none", "parts": {"denoiser": self.scheme}, **METHODS[self.method]}
+
+
+def tasks(seeds: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+    """Seeds of calibration and rungs, what takes longest first, then what matters most; no rung twice with a seed."""
+    key = [(seed, Entry(*one)) for seed in seeds for one in KEY]
+    slow = [(seeds[0], Entry(scheme, method)) for scheme in ABLATED for method in METHODS if "finetune" in method]
+    rest = [Entry(scheme, method) for scheme in EIGHT for method in ("nearest", "ranges, bias")]
+    rest += [Entry(scheme, "gptq") for scheme in ("int8-w8a8", "fp8-w8a8")]
+    rest += [Entry(scheme, method) for scheme in ABLATED for method in METHODS]
+    some = ("nearest", "ranges, bias", "gptq", "learned", "smooth, low rank, gptq")
+    rest += [Entry(scheme, method) for scheme in (*MIXED, *FOUR) for method in some]
+    rest += [Entry(scheme, method) for scheme in STORED for method in ("nearest", "gptq")]
+    yield from dict.fromkeys([*slow, *key, *((seeds[0], entry) for entry in rest)])

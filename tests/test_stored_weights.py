@@ -1,0 +1,151 @@
+"""Every scheme and method in ONNX graphs: what runtimes compute is what the fake-quantized network computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.quantization.fake_quantize import fake_quantized
+from compress.quantization.layer import Methods, quantized_layer
+from compress.quantization.scheme import SCHEMES
+from compress.quantization.statistics import LayerStatistics
+from export.backends import backend as opened
+from export.qdq import DIALECTS, lower
+from export.quant_plan import QuantPlan
+from export.to_onnx import export_module
+from export.weights import FILE, write_pool
+
+SHAPE = (2, 8, 6, 6)
+ALL: dict[str, Any] = {"smooth": 0.5, "rotate": True, "low_rank": 4, "rounding": "gptq"}
+
+
+class Net(nn.Module):
+    """A convolution with stride, linear layers on tokens and on vectors, one without a bias, one read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 32, 3, 2, 1)
+        self.first = nn.Linear(32, 64)
+        self.second = nn.Linear(64, 64, bias=False)
+        self.vector = nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = nn.functional.silu(self.conv(x)).flatten(2).transpose(1, 2)
+        tokens = nn.functional.gelu(self.first(tokens))
+        tokens = tokens + self.second(tokens)
+        return self.vector(tokens.mean(1))
+
+
+class Whole(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def graph(net: nn.Module) -> onnx.ModelProto:
+    given, other = torch.randn(SHAPE), torch.randn(3, *SHAPE[1:])
+    return export_module(Whole(net), {"x": given}, {"x": {0: "batch"}}, ["y"], {"x": other})
+
+
+Plan = Callable[..., QuantPlan]
+
+
+@pytest.fixture(scope="module")
+def plan(net: nn.Module) -> Plan:
+    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    seen = {name: LayerStatistics(name, layer, 512) for name, layer in layers.items()}
+    handles = [
+        layer.register_forward_hook(lambda _, args, output, name=name: seen[name].update(args[0], output))
+        for name, layer in layers.items()
+    ]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _ in range(8):
+            net(torch.randn(32, *SHAPE[1:]))
+    for handle in handles:
+        handle.remove()
+
+    def make(scheme: str, **methods: Any) -> QuantPlan:
+        row = SCHEMES[scheme]
+        done = {name: quantized_layer(layer, row, seen[name], Methods(**methods)) for name, layer in layers.items()}
+        found = QuantPlan(done)
+        found.validate()
+        return QuantPlan.from_json(found.to_json())
+
+    return make
+
+
+def run(
+    graph: onnx.ModelProto, plan: QuantPlan, backend: str, folder: Path, x: np.ndarray
+) -> tuple[np.ndarray, int, Any]:
+    """What a runtime computes, the bytes of its weights, and what was lowered."""
+    lowered = copy.deepcopy(graph)
+    result = lower(lowered, plan, backend, prefix="net.")
+    onnx.checker.check_model(lowered)
+    write_pool({"net": lowered}, folder)
+    program = opened(backend).load(folder / "net.onnx", 1, {})
+    weights = folder / FILE
+    size = weights.stat().st_size if weights.exists() else 0
+    return program({"x": x})["y"], size, result
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("scheme", [name for name, row in SCHEMES.items() if row.is_quantized])
+@pytest.mark.parametrize("methods", [{}, ALL], ids=["plain", "all"])
+def test_runtimes_compute_what_is_simulated(
+    scheme: str,
+    methods: dict[str, Any],
+    backend: str,
+    net: nn.Module,
+    graph: onnx.ModelProto,
+    plan: Plan,
+    tmp_path: Path,
+) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    made = plan(scheme, **methods)
+    torch.manual_seed(2)
+    x = torch.randn(3, *SHAPE[1:])
+    with torch.no_grad():
+        expected = fake_quantized(net, made, dialect=backend)(x).numpy()
+        exact = net(x).numpy()
+    found, _, result = run(graph, made, backend, tmp_path, x.numpy())
+    native = DIALECTS[backend].computes(made.layers["first"])
+    assert native == (scheme in ("int8-w8a8", "int8-w8a8-tensor", "int4-w4a8"))
+    assert result.nodes["weight only"] == (0 if native else 4)
+    lost = float(np.abs(expected - exact).max())
+    assert lost > 1e-4
+    # A tie at half a step may round either way where activations are rounded.
+    assert np.abs(found - expected).max() < (0.2 * lost + 1e-5 if native else 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"), [("int4-w4a32-g32", 5.0), ("nvfp4", 4.5), ("mxfp4", 4.25), ("mxfp8", 8.25), ("int4-w4a8", 4.6)]
+)
+def test_stored_weights_take_the_bits_they_should(
+    scheme: str, bits: float, graph: onnx.ModelProto, plan: Plan, tmp_path: Path
+) -> None:
+    made = plan(scheme, weights="minmax")
+    lowered = copy.deepcopy(graph)
+    lower(lowered, made, "onnxruntime", prefix="net.")
+    sizes = {tensor.name: len(tensor.raw_data) for tensor in lowered.graph.initializer}
+    own = sum(size for name, size in sizes.items() if name.startswith("second.weight") and "table" not in name)
+    assert 8 * own / 64**2 == pytest.approx(bits, rel=0.15)
