@@ -39,7 +39,7 @@ class Optimize(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     latency_ratio: float | None = Field(default=None, gt=0.0, lt=1.0)
     psnr_db: float | None = Field(default=None, gt=0.0, le=100.0)
-    seconds: float = Field(default=40.0, gt=0.0, le=36000.0)
+    seconds: float = Field(default=35.0, gt=0.0, le=36000.0)
 
 
 @dataclass(frozen=True)

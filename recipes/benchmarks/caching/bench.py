@@ -39,6 +39,8 @@ SIDE, BATCH, THREADS = 64, 16, 2
 GUIDANCE = 3.0
 FIRST_SEED = 2**32
 CALIBRATION = 32
+SEARCHED = 40.0
+"""Seconds of one search."""
 
 
 @dataclass
@@ -121,7 +123,10 @@ class Bench:
         model = sampled(self.models[run.model].clone(), run, count or run.steps)
         if entry == "full" or count is not None:
             return model
-        step = Cache(**PRESETS[run.model][entry] if budget is None else {"optimize": Optimize(latency_ratio=budget)})
+        if budget is None:
+            step = Cache(**PRESETS[run.model][entry])
+        else:
+            step = Cache(optimize=Optimize(latency_ratio=budget, seconds=SEARCHED))
         edits = step.plan(model, self.context.targets)
         step.apply(model, edits, self.context)
         step.check(model, edits)
