@@ -32,7 +32,9 @@ RECORDS = 4
 """Samples kept of every network call of every batch, guidance halves counted apart."""
 TOGETHER = 4
 """Network calls, at random timesteps, whose gradients make one step."""
-NUMBER_RATE, SCALE_RATE, BIAS_RATE = 2e-2, 1e-3, 1e-4
+JUDGED = 4
+"""How often on the way the error over all records is taken; the best plan is kept, the first one included."""
+NUMBER_RATE, SCALE_RATE, BIAS_RATE = 1e-2, 1e-3, 1e-4
 """Learning rates of weights, in units of their scale; of the logarithm of scales; and of biases."""
 
 
@@ -83,7 +85,7 @@ def finetuned(
     steps: int,
     context: PassContext,
 ) -> QuantPlan:
-    """The plan with other numbers in the selected layers, other static input scales, and other biases.
+    """The plan with other numbers in the selected layers, other static input scales and biases; never a worse one.
 
     Args:
         model: its denoiser is float, and stays.
@@ -110,22 +112,33 @@ def finetuned(
     adam = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     random = np.random.default_rng(context.seed)
+
+    def error(record: Record) -> Tensor:
+        inputs = {key: torch.from_numpy(value).to(device) for key, value in record.inputs.items()}
+        target = torch.from_numpy(record.output).to(device)
+        return (part(**inputs)[0] - target).square().mean() / target.square().mean()
+
+    @torch.no_grad()
+    def judged() -> float:
+        return sum(float(error(record)) for record in records)
+
+    best = judged(), dict(plan.layers)
     for step in range(steps):
         adam.zero_grad()
         for at in random.integers(len(records), size=TOGETHER):
-            record = records[at]
             with torch.enable_grad():
-                inputs = {key: torch.from_numpy(value).to(device) for key, value in record.inputs.items()}
-                output = part(**inputs)[0]
-                target = torch.from_numpy(record.output).to(device)
-                loss = (output - target).square().mean() / target.square().mean() / TOGETHER
+                loss = error(records[at]) / TOGETHER
                 loss.backward()
             if not torch.isfinite(loss):
                 raise PassError("the error of the quantized denoiser is not finite, so it cannot be finetuned")
         adam.step()
         schedule.step()
         context.progress("finetune", step + 1, steps)
-    return replace(plan, layers={name: layer.result() for name, layer in layers.items()})
+        if (step + 1) % max(1, steps // JUDGED) == 0 or step + 1 == steps:
+            now = judged()
+            if now < best[0]:
+                best = now, {name: layer.result() for name, layer in layers.items()}
+    return replace(plan, layers=best[1])
 
 
 class _Trained:
@@ -144,7 +157,7 @@ class _Trained:
         device = self.rounded.device
         self.transform = InputTransform(quant, device)
         self.steps = scales_of(quant.weight, self.rounded.shape[1], device)
-        self.branch = None if quant.low_rank is None else product(quant, device)
+        self.branch = None if quant.low_rank is None else product(quant.low_rank, device)
         own = layer.bias
         bias = own if quant.bias is None else torch.from_numpy(quant.bias).to(device)
         self.bias = None if bias is None else bias.detach().float().clone().requires_grad_()

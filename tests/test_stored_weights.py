@@ -123,7 +123,7 @@ def test_runtimes_compute_what_is_simulated(
         pytest.importorskip("openvino")
     made = plan(scheme, **methods)
     torch.manual_seed(2)
-    x = torch.randn(3, *SHAPE[1:])
+    x = torch.randn(32, *SHAPE[1:])
     with torch.no_grad():
         expected = fake_quantized(net, made, dialect=backend)(x).numpy()
         exact = net(x).numpy()
@@ -131,10 +131,10 @@ def test_runtimes_compute_what_is_simulated(
     native = DIALECTS[backend].computes(made.layers["first"])
     assert native == (scheme in ("int8-w8a8", "int8-w8a8-tensor", "int4-w4a8"))
     assert result.nodes["weight only"] == (0 if native else 4)
-    lost = float(np.abs(expected - exact).max())
-    assert lost > 1e-4
+    lost = float(np.linalg.norm(expected - exact))
+    assert lost > 1e-3
     # A tie at half a step may round either way where activations are rounded.
-    assert np.abs(found - expected).max() < (0.2 * lost + 1e-5 if native else 2e-5)
+    assert np.linalg.norm(found - expected) < (0.3 * lost if native else 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def round_layer(layer: nn.Module, quant: LayerQuant, inputs: bool = True, output
     weight: Any = layer.weight
     rows = round_weight(weight_of(weight, quant), quant.weight)
     if quant.low_rank is not None and not (inputs and quant.input is not None):
-        rows = rows + product(quant, rows.device)
+        rows = rows + product(quant.low_rank, rows.device)
     layer.weight = nn.Parameter(rows.reshape(weight.shape), requires_grad=False)
     if quant.bias is not None:
         layer.bias = nn.Parameter(torch.from_numpy(quant.bias).to(weight.device), requires_grad=False)
@@ -71,7 +71,7 @@ class _Forward:
         self.layer, self.quant, self.rounds, self.after = layer, quant, rounds, after
         device = next(layer.parameters()).device
         self.transform = InputTransform(quant, device)
-        self.branch = product(quant, device) if quant.low_rank is not None and rounds else None
+        self.branch = product(quant.low_rank, device) if quant.low_rank is not None and rounds else None
 
     def __call__(self, x: Tensor) -> Tensor:
         x, layer = self.transform(x), self.layer

@@ -100,7 +100,7 @@ def output_error(layer: nn.Module, quant: LayerQuant, seen: LayerStatistics) -> 
     inputs = work.inputs(work.rows, quant)
     made = work.rounded(inputs, quant) @ round_weight(weight_of(work.weight, quant), quant.weight).T
     if quant.low_rank is not None:
-        made += inputs @ product(quant, inputs.device).T
+        made += inputs @ product(quant.low_rank, inputs.device).T
     if quant.bias is not None:
         made += torch.from_numpy(quant.bias) - layer.bias.detach().cpu()  # type: ignore[operator]
     return float((made - exact).square().sum() / exact.square().sum().clamp_min(1e-20))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import PassError
+from compress.quantization.transforms import product
 from export.quant_plan import LowRank
 
 REFINEMENTS = 4
@@ -38,19 +39,15 @@ def branch_of(
     for _ in range(refinements + 1):
         up, down = _truncated(target @ root, rank)
         branch = LowRank((down @ inverse).half().cpu().numpy(), up.half().cpu().numpy())
-        product = _matrix(branch, rows.device)
-        rounded = round_rows(rows - product)
-        error = float(((rows - product - rounded) @ root).square().sum())
+        left = rows - product(branch, rows.device)
+        rounded = round_rows(left)
+        error = float(((left - rounded) @ root).square().sum())
         if error < least:
             least, best = error, branch
         target = rows - rounded
     if best is None:
         raise PassError("the error of rounding is not finite")
     return best
-
-
-def _matrix(branch: LowRank, device: torch.device) -> Tensor:
-    return torch.from_numpy(branch.up).to(device).float() @ torch.from_numpy(branch.down).to(device).float()
 
 
 def _roots(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from export.quant_plan import LayerQuant
+from export.quant_plan import LayerQuant, LowRank
 from export.stored_weights import hadamard
 
 
@@ -51,11 +49,10 @@ def weight_of(weight: Tensor, quant: LayerQuant) -> Tensor:
         rows = rows * smooth.repeat_interleave(rows.shape[1] // len(smooth))
     rows = Rotation(quant.rotation, rows.device)(rows)
     if quant.low_rank is not None:
-        rows = rows - product(quant, rows.device)
+        rows = rows - product(quant.low_rank, rows.device)
     return rows
 
 
-def product(quant: LayerQuant, device: torch.device) -> Tensor:
-    """The matrix (out_channels, in_channels x kernel) of the low-rank branch."""
-    branch: Any = quant.low_rank
+def product(branch: LowRank, device: torch.device) -> Tensor:
+    """The matrix (out_channels, in_channels x kernel) of a low-rank branch."""
     return torch.from_numpy(branch.up).to(device).float() @ torch.from_numpy(branch.down).to(device).float()
