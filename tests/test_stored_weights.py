@@ -133,7 +133,10 @@ def test_runtimes_compute_what_is_simulated(
     assert result.nodes["weight only"] == (0 if native else 4)
     lost = float(np.linalg.norm(expected - exact))
     assert lost > 1e-3
-    # A tie at half a step may round either way where activations are rounded.
+    # A tie at half a step may round either way where activations are rounded: few samples meet one. Biases there
+    # (ONNX Runtime) are integers in units of both scales' product: 4-bit weights make it coarse; it is not simulated.
+    if (scheme, backend) != ("int4-w4a8", "onnxruntime"):
+        assert np.mean(np.abs(found - expected).max(1) < 2e-5) > (0.5 if native else 0.99)
     assert np.linalg.norm(found - expected) < (0.3 * lost if native else 1e-4)
 
 
