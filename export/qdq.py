@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from export.attention_scores import AttentionScores
+from export.elements import element
 from export.emitter import Emitter
 from export.gates import split_gates
+from export.packed import unpacked
 from export.quant_plan import Affine, LayerQuant, LowRank, QuantPlan, QuantPlanError
-from export.stored_weights import half, integers, rotate, widened
+from export.stored_weights import half, rotate, widened
 from export.weights import store_float16
 
 if TYPE_CHECKING:
@@ -329,7 +331,7 @@ class _Rewriter(Emitter):
             label = self.fresh(f"{name}.weight.{layer.weight.element}")
             scales = np.broadcast_to(layer.weight.scale[:, 0], (numbers.shape[axis],)).astype(np.float32)
             inputs = [
-                integers(self, label, layer.weight, numbers),
+                unpacked(self, label, element(layer.weight.element), numbers),
                 self.constant(f"{label}.scale", scales),
                 self.constant(f"{label}.zero_point", np.zeros(len(scales), np.int8)),
             ]

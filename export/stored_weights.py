@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from export.elements import Element, element
+from export.elements import element
 from export.emitter import Emitter
 from export.grids import WeightGrid
+from export.packed import looked_up, packed, unpacked
 from export.quant_plan import LayerQuant
-
-if TYPE_CHECKING:
-    import onnx
 
 _EXPONENTS = np.ldexp(np.float32(1.0), np.minimum(np.arange(256) - 127, 127))
 """What a byte of E8M0 stands for; the last one means no number."""
-
-
-def integers(emitter: Emitter, label: str, grid: WeightGrid, numbers: np.ndarray) -> str:
-    """Integer weights of any shape as an int8 tensor; those of at most 4 bits are stored two to a byte.
-
-    Returns:
-        The name of the int8 tensor.
-    """
-    from onnx import TensorProto
-
-    if element(grid.element).bits > 4:
-        return emitter.constant(label, numbers.astype(np.int8))
-    packed = emitter.tensor(_packed(label, element("int4"), numbers))
-    return emitter.emit("Cast", [packed], emitter.fresh(f"{label}.int8"), to=TensorProto.INT8)
 
 
 def widened(emitter: Emitter, label: str, layer: LayerQuant, numbers: np.ndarray, shape: tuple[int, ...]) -> str:
@@ -116,22 +99,14 @@ def _named(emitter: Emitter, label: str, name: str) -> str:
 
 
 def _floats(emitter: Emitter, label: str, grid: WeightGrid, numbers: np.ndarray) -> str:
-    """The numbers of the grid as float32: cast where ONNX has their type, looked up otherwise."""
+    """The numbers of the grid as float32."""
     from onnx import TensorProto
 
     kind = element(grid.element)
-    result = emitter.fresh(f"{label}.numbers")
-    stored = emitter.tensor(_packed(label, kind, numbers))
-    if kind.is_integer or kind.name in ("e4m3", "e5m2"):
-        return emitter.emit("Cast", [stored], result, to=TensorProto.FLOAT)
-    return _looked_up(emitter, label, stored, kind.numbers, result)
-
-
-def _looked_up(emitter: Emitter, label: str, codes: str, table: np.ndarray, result: str) -> str:
-    from onnx import TensorProto
-
-    index = emitter.emit("Cast", [codes], emitter.fresh(f"{label}.codes"), to=TensorProto.INT32)
-    return emitter.emit("Gather", [emitter.constant(emitter.fresh(f"{label}.table"), table), index], result)
+    made = unpacked(emitter, label, kind, numbers)
+    if not kind.is_integer:
+        return made
+    return emitter.emit("Cast", [made], emitter.fresh(f"{label}.numbers"), to=TensorProto.FLOAT)
 
 
 def _scales(emitter: Emitter, label: str, grid: WeightGrid) -> str:
@@ -142,28 +117,11 @@ def _scales(emitter: Emitter, label: str, grid: WeightGrid) -> str:
     label = f"{label}.scale"
     if grid.stored == "e8m0":
         codes = (np.frexp(scale)[1] - 1 + 127).astype(np.uint8)
-        return _looked_up(emitter, label, emitter.constant(label, codes), _EXPONENTS, emitter.fresh(f"{label}.powers"))
+        return looked_up(emitter, label, emitter.constant(label, codes), _EXPONENTS, emitter.fresh(f"{label}.powers"))
     if grid.stored == "e4m3":
         kind = element("e4m3")
-        stored = emitter.tensor(_packed(label, kind, kind.round(scale / np.float32(grid.tensor_scale))))
+        stored = emitter.tensor(packed(label, kind, kind.round(scale / np.float32(grid.tensor_scale))))
         floats = emitter.emit("Cast", [stored], emitter.fresh(f"{label}.block"), to=TensorProto.FLOAT)
         whole = emitter.constant(emitter.fresh(f"{label}.tensor"), np.asarray(grid.tensor_scale, np.float32))
         return emitter.emit("Mul", [floats, whole], emitter.fresh(f"{label}.both"))
     return emitter.constant(label, scale.astype(np.float32))
-
-
-def _packed(label: str, kind: Element, numbers: np.ndarray) -> onnx.TensorProto:
-    """A tensor of an element's bits: of ONNX's type where there is one, of unsigned codes otherwise."""
-    from onnx import TensorProto
-
-    types = {"int4": TensorProto.INT4, "e4m3": TensorProto.FLOAT8E4M3FN, "e5m2": TensorProto.FLOAT8E5M2}
-    if kind.is_integer:
-        # Integers of 2 and 3 bits take 4, and of 5 to 7 bits 8: nothing smaller is portable.
-        kind = element("int4" if kind.bits <= 4 else "int8")
-        types["int8"] = TensorProto.INT8
-    codes = kind.codes(numbers).reshape(-1)
-    if kind.bits <= 4:
-        codes = np.pad(codes, (0, codes.size % 2))
-        codes = codes[0::2] | codes[1::2] << 4
-    chosen = types.get(kind.name, TensorProto.UINT4 if kind.bits <= 4 else TensorProto.UINT8)
-    return TensorProto(name=label, data_type=chosen, dims=numbers.shape, raw_data=codes.tobytes())

@@ -20,7 +20,7 @@ class NumberFormat:
 
     Attributes:
         dtype: `float32`, `float16`, `bfloat16`; an element of `export.elements`; `uint8` or `uint4` of an asymmetric
-            grid; `fp8`, `fp4` for whichever float of as many bits fits a tensor best.
+            grid; `fp3` to `fp8` for whichever float of as many bits fits a tensor best.
         bits: stored per number.
         granularity: what shares one scale; `none` for floating-point formats, which have no scale.
         group: of `group`: as many numbers share a scale.
@@ -45,7 +45,7 @@ class NumberFormat:
     @property
     def elements(self) -> tuple[str, ...]:
         """The elements to choose from."""
-        if self.dtype in ("fp4", "fp8"):
+        if self.dtype.startswith("fp"):
             return tuple(f"e{power}m{self.bits - 1 - power}" for power in range(1, self.bits - 1))
         return (self.dtype,)
 
@@ -117,11 +117,13 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("int8-w8a32", _INT8, _F32),
         *(Scheme(f"int4-w4a32-g{group}", _grouped("int4", 4, group)[0], _F32) for group in (32, 64, 128)),
         Scheme("nvfp4-w4a32", _grouped("e2m1", 4, 16, "e4m3")[0], _F32),
+        *(Scheme(f"int{bits}-w{bits}a32", NumberFormat(f"int{bits}", bits, "channel"), _F32) for bits in (6, 5)),
         # Integers.
         Scheme("int8-w8a8", _INT8, _U8),
         Scheme("int8-w8a8-tensor", replace(_INT8, granularity="tensor"), _U8),
         Scheme("int8-w8a8-token", _INT8, _by_token(_INT8)),
         Scheme("int4-w4a8", _INT4, _U8),
+        *(Scheme(f"int{bits}-w{bits}a8", NumberFormat(f"int{bits}", bits, "channel"), _U8) for bits in (6, 5, 3)),
         Scheme("int4-w4a8-g64", _grouped("int4", 4, 64)[0], _by_token(_INT8)),
         Scheme("int4-w4a4", _INT4, NumberFormat("uint4", 4, "tensor", symmetric=False)),
         Scheme("int4-w4a4-g64", *_grouped("int4", 4, 64)),
@@ -134,6 +136,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("nvfp4", *_grouped("e2m1", 4, 16, "e4m3")),
         Scheme("nvfp4-w4a8", _grouped("e2m1", 4, 16, "e4m3")[0], _E4M3),
         Scheme("fp4-w4a8", NumberFormat("e2m1", 4, "channel"), _E4M3),
+        *(Scheme(f"fp{bits}-w{bits}a8", NumberFormat(f"fp{bits}", bits, "channel"), _E4M3) for bits in (6, 5, 3)),
         # Any float of as many bits, chosen for each tensor: Chen et al. 2024, arXiv 2408.06995.
         Scheme("fp8-any-w8a8", NumberFormat("fp8", 8, "channel"), NumberFormat("fp8", 8, "tensor")),
         Scheme("fp4-any-w4a8", NumberFormat("fp4", 4, "channel"), NumberFormat("fp8", 8, "tensor")),
