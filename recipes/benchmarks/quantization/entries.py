@@ -74,8 +74,13 @@ class Entry:
         return {"scheme": "none", "parts": {"denoiser": self.scheme}, **METHODS[self.method]}
 
 
-def tasks(seeds: Sequence[int]) -> Iterator[tuple[int, Entry]]:
-    """Seeds of calibration and rungs, what takes longest first, then what matters most; no rung twice with a seed."""
+def tasks(seeds: Sequence[int], together: bool) -> Iterator[tuple[int, Entry]]:
+    """Seeds of calibration and rungs, what matters most first; no rung twice with a seed.
+
+    Args:
+        seeds: the first one measures all rungs.
+        together: many are measured at a time, so what takes longest comes first; otherwise it comes last.
+    """
     key = [(seed, Entry(*one)) for seed in seeds for one in KEY]
     slow = [(seeds[0], Entry(scheme, method)) for scheme in ABLATED for method in METHODS if "finetune" in method]
     rest = [Entry(scheme, method) for scheme in EIGHT for method in ("nearest", "ranges, bias")]
@@ -84,4 +89,7 @@ def tasks(seeds: Sequence[int]) -> Iterator[tuple[int, Entry]]:
     some = ("nearest", "ranges, bias", "gptq", "learned", "smooth, low rank, gptq")
     rest += [Entry(scheme, method) for scheme in (*MIXED, *FOUR) for method in some]
     rest += [Entry(scheme, method) for scheme in STORED for method in ("nearest", "gptq")]
-    yield from dict.fromkeys([*slow, *key, *((seeds[0], entry) for entry in rest)])
+    own = [(seeds[0], entry) for entry in rest]
+    yield from dict.fromkeys(
+        [*slow, *key, *own] if together else [one for one in (*key, *own) if one not in slow] + slow
+    )

@@ -133,7 +133,7 @@ def main(words: Sequence[str] | None = None) -> None:
     ends = time.time() + told.seconds
     wanted = [
         (name, seed, entry)
-        for seed, entry in tasks(told.seeds)
+        for seed, entry in tasks(told.seeds, told.workers > 1)
         for name in told.models
         if told.only is None or entry.scheme in told.only
     ]
