@@ -41,17 +41,10 @@ _INTEGER = ("int8-w8a8", "int8-w8a8-tensor", "int6-w6a8", "int5-w5a8", "int4-w4a
 """Schemes of per-tensor unsigned activations and integer weights, one scale a channel: 8-bit kernels run them."""
 
 _STORED = (
-    *(
-        "float16",
-        "int8-w8a32",
-        "int6-w6a32",
-        "int5-w5a32",
-        "int4-w4a32-g32",
-        "int4-w4a32-g64",
-        "int4-w4a32-g128",
-        "nvfp4-w4a32",
-    ),
-    *("int8-w8a8-token", "int4-w4a8-g64", "int4-w4a4", "int4-w4a4-g64"),
+    *("float16", "int8-w8a32", "int6-w6a32", "int5-w5a32", "int4-w4a32", "int3-w3a32"),
+    *("int4-w4a32-g32", "int4-w4a32-g64", "int4-w4a32-g128", "nvfp4-w4a32"),
+    *("int8-w8a8-token", "int6-w6a8-token", "int5-w5a8-token", "int4-w4a8-token", "int3-w3a8-token"),
+    *("int4-w4a8-g64", "int4-w4a4", "int4-w4a4-g64"),
     *("fp8-w8a8", "fp8-w8a8-token", "fp8-e5m2-w8a8", "mxfp8", "mxfp4", "nvfp4", "nvfp4-w4a8", "fp4-w4a8"),
     *("fp8-any-w8a8", "fp4-any-w4a8", "fp4-any-w4a4", "fp6-w6a8", "fp5-w5a8", "fp3-w3a8"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge
@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict
 from typing_extensions import override
 
 from compress.errors import PassError, RecipeError, RefusedError
+from compress.mixed_precision import Budget, choose, formats_below, limit, limited, summary
 from compress.nearest import unknown
 from compress.passes.base import Edit, Pass, PassContext
 from compress.quantization.scheme import Scheme, scheme
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
     from compress.model.latent_diffusion import LatentDiffusion
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from compress.quantization.statistics import LayerStatistics
     from export.quant_plan import AttentionQuant, LayerQuant, QuantPlan, Storage
     from export.target import Target
+
+    Made = dict[tuple[str, str, str], LayerQuant]
+    """(part, layer, scheme) -> what became of it."""
 
 SKIP = "skip"
 STORE = "store "
@@ -39,14 +44,6 @@ _SENSITIVE = {
     "vae_encoder": r"^quant_conv$|^encoder\.conv_(in|out)$",
 }
 """Cheap layers whose error reaches every pixel; those of a denoiser are known to its family."""
-
-
-_LOST = {True: 0.3, False: 0.02}
-"""Whether the bits are few -> of the squared weights of a layer, at most lost in rounding: more is no rounding."""
-
-
-_CLIPPED = 2.7
-"""Of an element's largest number, the most a weight may be: scales are tried down to half, powers of two fall below."""
 
 
 class LayerRule(BaseModel):
@@ -91,6 +88,9 @@ class Quantize(Pass):
         finetune: steps in which layers that read the timestep, the quarter of the others with the largest errors, the
             scales of activations and the biases of the denoiser learn to give the float output (QuEST, Wang et al.
             2025, arXiv 2402.03666); 300 are a good start.
+        budget: of the denoiser: its schemes are then upper limits, and layers in which it costs least get fewer bits.
+        formats: that a budget may choose from, beside the schemes; all that round activations alike and are as fast on
+            every target, unless given.
     """
 
     name: ClassVar[str] = "quantize"
@@ -112,6 +112,8 @@ class Quantize(Pass):
     rounding: Literal["nearest", "gptq", "learned"] = "nearest"
     bias_correction: bool = True
     finetune: Annotated[int, Ge(0)] = 0
+    budget: Budget | None = None
+    formats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every name.
@@ -121,6 +123,7 @@ class Quantize(Pass):
         """
         for_layers = {f"layers.{i}.scheme": rule.scheme for i, rule in enumerate(self.layers)}
         for_layers |= {"sensitive": self.sensitive, "modulation": self.modulation}
+        for_layers |= {f"formats.{i}": name for i, name in enumerate(self.formats)}
         for_parts = {"scheme": self.scheme} | {f"parts.{part}": name for part, name in (self.parts or {}).items()}
         for field, name in (for_parts | for_layers).items():
             try:
@@ -129,6 +132,10 @@ class Quantize(Pass):
                 raise RecipeError(f"{field}: {error}") from None
             if field in for_layers and not found.is_quantized and name != "none":
                 raise RecipeError(f"{field}: {name!r} is a format for whole parts; write none to leave layers in float")
+        if self.formats and self.budget is None:
+            raise RecipeError("formats: are for a budget to choose from; give budget, or leave them out")
+        if self.budget is not None and (self.budget.size_ratio is None) == (self.budget.latent_psnr_db is None):
+            raise RecipeError("budget: give size_ratio or latent_psnr_db, and not both")
 
     @override
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
@@ -143,6 +150,8 @@ class Quantize(Pass):
             edit for part, module in known.items() for edit in self._plan_part(model, part, module.component, matched)
         ]
         edits += self._plan_attention(model, targets)
+        if self.budget is not None:
+            edits = self._limited(edits, self.budget, targets)
         for i, rule in enumerate(self.layers):
             if i not in matched:
                 raise RefusedError(
@@ -181,6 +190,24 @@ class Quantize(Pass):
         halved = sum(p.numel() for p in rest if p.ndim > 1 and width < 4)
         action = f"{STORE}{_storage(default)}"
         return [*edits, Edit(self.name, part, action, before, before - 2 * halved, "norms, biases, embeddings")]
+
+    def _limited(self, edits: Sequence[Edit], budget: Budget, targets: Sequence[Target]) -> list[Edit]:
+        """The edits, with upper limits where the budget has a choice."""
+        named = {e.module for e in edits for rule in self.layers if fnmatch.fnmatchcase(e.module, rule.match)}
+        own = _rows(edits).get("denoiser", {})
+        tops = {
+            e.module: scheme(e.action) for e in own.values() if e.action not in (SKIP, QK) and e.module not in named
+        }
+        mine = [edit for edit in edits if edit.module.partition(".")[0] == "denoiser"]
+        planned = iter(limited(mine, tops, budget, lambda top: self._formats(top, targets)))
+        return [next(planned) if edit in mine else edit for edit in edits]
+
+    def _formats(self, top: Scheme, targets: Sequence[Target]) -> list[Scheme]:
+        """What the budget may give a layer of that scheme."""
+        if not self.formats:
+            return formats_below(top, targets)
+        given = [scheme(name) for name in dict.fromkeys((top.name, *self.formats))]
+        return [row for row in given if row.is_calibrated == top.is_calibrated and row.weight.bits <= top.weight.bits]
 
     def _plan_attention(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
         from compress.quantization.attention import attentions
@@ -222,7 +249,11 @@ class Quantize(Pass):
 
         attending = [name for name, edit in _rows(edits).get("denoiser", {}).items() if edit.action == QK]
         attentions = calibrate.observe_attention(model, attending, context) if attending else {}
-        self.quantize(model, edits, self.observe(model, edits, context), context, attentions)
+        seen = self.observe(model, edits, context)
+        made: Made = {}
+        if self.budget is not None:
+            edits = self._within(self.budget, model, edits, seen, context, made)
+        self.quantize(model, edits, seen, context, attentions, made)
 
     def observe(
         self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext
@@ -235,9 +266,13 @@ class Quantize(Pass):
 
         methods, watched = self._methods(), dict[str, list[str]]()
         for part, own in _rows(edits).items():
-            schemes = {name: scheme(edit.action) for name, edit in own.items() if edit.action not in (SKIP, QK)}
-            watched[part] = [name for name, form in schemes.items() if form.is_calibrated or methods.needs_rows]
-        kept = calibrate.ROWS if methods.looks_at_rows else 0
+            watched[part] = [
+                name
+                for name, edit in own.items()
+                if edit.action not in (SKIP, QK)
+                and (limit(edit) is not None or methods.needs_rows or scheme(edit.action).is_calibrated)
+            ]
+        kept = calibrate.ROWS if methods.looks_at_rows or self.budget is not None else 0
         return calibrate.observe(model, watched, context, rows=kept) if any(watched.values()) else {}
 
     def quantize(
@@ -247,20 +282,22 @@ class Quantize(Pass):
         seen: Mapping[tuple[str, str], LayerStatistics],
         context: PassContext,
         attentions: Mapping[str, AttentionQuant],
+        made: Made | None = None,
     ) -> None:
         """Give the model its quantization plans.
 
         Args:
             model: not quantized yet.
-            edits: what is planned for it.
+            edits: what is planned for it, and decided.
             seen: what `observe` gave.
             context: of the pass.
             attentions: of the denoiser, calibrated.
+            made: layers that are quantized already.
         """
         from compress import calibrate
         from compress.quantization.layer import quantized_layer
 
-        methods, rows = self._methods(), _rows(edits)
+        methods, rows, made = self._methods(), _rows(edits), {} if made is None else made
         total = sum(edit.action not in (SKIP, QK) for own in rows.values() for edit in own.values())
         done = 0
         for part, own in rows.items():
@@ -268,8 +305,11 @@ class Quantize(Pass):
             for name, edit in own.items():
                 if edit.action in (SKIP, QK):
                     continue
-                layer, statistics = component.get_submodule(name), seen.get((part, name))
-                layers[name] = quantized_layer(layer, scheme(edit.action), statistics, methods)
+                key = part, name, edit.action
+                if key not in made:
+                    layer, statistics = component.get_submodule(name), seen.get((part, name))
+                    made[key] = quantized_layer(layer, scheme(edit.action), statistics, methods)
+                layers[name] = made[key]
                 done += 1
                 context.progress("quantize", done, total)
             skipped = {name: edit.reason for name, edit in own.items() if edit.action == SKIP}
@@ -279,6 +319,36 @@ class Quantize(Pass):
             if plan is not None:
                 model.quant_plans[part] = plan
         model.provenance.append({"pass": self.name, "scheme": self.scheme, "layers": total})
+
+    def _within(
+        self,
+        budget: Budget,
+        model: LatentDiffusion,
+        edits: Sequence[Edit],
+        seen: Mapping[tuple[str, str], LayerStatistics],
+        context: PassContext,
+        made: Made,
+    ) -> list[Edit]:
+        """The edits, with the schemes that the budget decides."""
+        from compress.measure.metrics import latent_peak, psnr_per_sample
+        from compress.prospects import prospects
+
+        own = [edit for edit in edits if edit.module.partition(".")[0] == "denoiser"]
+        tops = {name: top for name, edit in _rows(own)["denoiser"].items() if (top := limit(edit)) is not None}
+        formats = {name: self._formats(top, context.targets) for name, top in tops.items()}
+        found = prospects(model, formats, seen, replace(self._methods(), rounding="nearest"), context)
+        exact = None if budget.latent_psnr_db is None else _latents(model, context)
+
+        def measure(tried: list[Edit]) -> float:
+            if exact is None:
+                raise ValueError("a budget of bytes measures no pictures")
+            other = model.clone()
+            self.quantize(other, tried, seen, context, {}, made)
+            return float(psnr_per_sample(exact, _latents(other, context), latent_peak(exact)).mean())
+
+        chosen = choose(own, budget, found, measure, context.progress)
+        model.provenance.append({"pass": self.name, **summary(chosen, found)})
+        return [*chosen, *(edit for edit in edits if edit not in own)]
 
     def _finetuned(
         self,
@@ -322,10 +392,13 @@ class Quantize(Pass):
 
     @override
     def check(self, model: LatentDiffusion, edits: Sequence[Edit]) -> None:
+        from compress.quantization.checks import check_layer
+
         for part, own in _rows(edits).items():
-            wanted = {name: edit.action for name, edit in own.items() if edit.action != SKIP}
             plan = model.quant_plans.get(part)
             found = {} if plan is None else plan.schemes
+            wanted = {name: edit.action for name, edit in own.items() if edit.action != SKIP}
+            wanted |= {name: found.get(name, "") for name, edit in own.items() if limit(edit) is not None}
             if found != wanted:
                 differing = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
                 raise PassError(
@@ -335,35 +408,25 @@ class Quantize(Pass):
                 continue
             component = model.parts()[part].component
             for name, layer in plan.layers.items():
-                self._check_layer(f"{part}.{name}", component.get_submodule(name), layer)
-
-    def _check_layer(self, name: str, layer: nn.Module, quant: LayerQuant) -> None:
-        """Weights rounded to the nearest must be half a step away at most, or clipped as far as scales were tried.
-
-        Those that a method rounded otherwise must keep most of their energy.
-        """
-        from compress.quantization.rounding import neighbours, round_weight, scales_of, to_element
-        from compress.quantization.transforms import weight_of
-        from export.elements import element
-
-        rows = weight_of(layer.weight, quant)  # type: ignore[arg-type]
-        error = round_weight(rows, quant.weight) - rows
-        few = scheme(quant.scheme).weight.bits < 6
-        if quant.weight.numbers is None:
-            kind = element(quant.weight.element)
-            scaled = rows / scales_of(quant.weight, rows.shape[1], rows.device)
-            below, above = neighbours(scaled.clamp(-kind.largest, kind.largest), kind)
-            missed = (to_element(scaled, kind) - scaled).abs() > 0.51 * (above - below) + 1e-7
-            if bool((missed & (scaled.abs() < kind.largest)).any() | (scaled.abs() > _CLIPPED * kind.largest).any()):
-                raise PassError(f"the weights of {name} do not fit the scales planned for them")
-        if not bool(error.square().sum() <= _LOST[few] * rows.square().sum()):
-            raise PassError(f"the weights of {name} do not fit the scales planned for them")
+                check_layer(f"{part}.{name}", component.get_submodule(name), layer)
 
     def _part_scheme(self, part: str) -> Scheme:
         named = (self.parts or {}).get(part)
         if named is None and part == "vae_encoder" and scheme(self.scheme).is_calibrated:
             return scheme("int8-w8a32")
         return scheme(named or self.scheme)
+
+
+def _latents(model: LatentDiffusion, context: PassContext) -> np.ndarray:
+    """One per calibration prompt."""
+    import numpy as np
+
+    runtime, found = model.runtime(), list[np.ndarray]()
+    for first in range(0, len(context.prompts), context.batch):
+        prompts = list(context.prompts[first : first + context.batch])
+        seeds = [context.seed + first + i for i in range(len(prompts))]
+        found.append(runtime.sample(prompts, seeds, context.height, context.width))
+    return np.concatenate(found)
 
 
 def _rows(edits: Sequence[Edit]) -> dict[str, dict[str, Edit]]:

@@ -95,6 +95,28 @@ def quantized_layer(layer: nn.Module, scheme: Scheme, seen: LayerStatistics | No
 
 def output_error(layer: nn.Module, quant: LayerQuant, seen: LayerStatistics) -> float:
     """The squared error of a quantized layer's output on the rows of calibration, of the output's own square."""
+    made, exact = _outputs(layer, quant, seen)
+    return float((made - exact).square().sum() / exact.square().sum().clamp_min(1e-20))
+
+
+def channel_errors(layer: nn.Module, quant: LayerQuant, seen: LayerStatistics, calls: int, batches: int) -> Tensor:
+    """The mean squared error of a quantized layer's output, float64 (calls, out_channels), on the rows of each call.
+
+    Args:
+        layer: float.
+        quant: what became of it.
+        seen: with rows.
+        calls: see `LayerStatistics.calls_of_rows`.
+        batches: likewise.
+    """
+    made, exact = _outputs(layer, quant, seen)
+    squares, rows = (made - exact).double().square(), seen.calls_of_rows(calls, batches)
+    total = squares.new_zeros(calls, squares.shape[1]).index_add_(0, rows, squares)
+    return total / torch.bincount(rows, minlength=calls).clamp_min(1)[:, None]
+
+
+def _outputs(layer: nn.Module, quant: LayerQuant, seen: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """What a quantized layer and the float one make of the rows of calibration (rows, out_channels), but its bias."""
     work = _Work(layer, quant.op, SCHEMES[quant.scheme], seen, Methods())
     exact = work.rows @ work.weight.flatten(1).T
     inputs = work.inputs(work.rows, quant)
@@ -103,7 +125,7 @@ def output_error(layer: nn.Module, quant: LayerQuant, seen: LayerStatistics) -> 
         made += inputs @ product(quant.low_rank, inputs.device).T
     if quant.bias is not None:
         made += torch.from_numpy(quant.bias) - layer.bias.detach().cpu()  # type: ignore[operator]
-    return float((made - exact).square().sum() / exact.square().sum().clamp_min(1e-20))
+    return made, exact
 
 
 class _Work:

@@ -93,6 +93,10 @@ _U8 = NumberFormat("uint8", 8, "tensor", symmetric=False)
 _E4M3 = NumberFormat("e4m3", 8, "tensor")
 
 
+def _integers(bits: int) -> NumberFormat:
+    return NumberFormat(f"int{bits}", bits, "channel")
+
+
 def _by_token(form: NumberFormat) -> NumberFormat:
     """Activations in which each token has its own scale, at run time."""
     return replace(form, granularity="token", dynamic=True)
@@ -117,13 +121,13 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("int8-w8a32", _INT8, _F32),
         *(Scheme(f"int4-w4a32-g{group}", _grouped("int4", 4, group)[0], _F32) for group in (32, 64, 128)),
         Scheme("nvfp4-w4a32", _grouped("e2m1", 4, 16, "e4m3")[0], _F32),
-        *(Scheme(f"int{bits}-w{bits}a32", NumberFormat(f"int{bits}", bits, "channel"), _F32) for bits in (6, 5)),
+        *(Scheme(f"int{bits}-w{bits}a32", _integers(bits), _F32) for bits in (6, 5, 4, 3)),
         # Integers.
         Scheme("int8-w8a8", _INT8, _U8),
         Scheme("int8-w8a8-tensor", replace(_INT8, granularity="tensor"), _U8),
-        Scheme("int8-w8a8-token", _INT8, _by_token(_INT8)),
+        *(Scheme(f"int{bits}-w{bits}a8-token", _integers(bits), _by_token(_INT8)) for bits in (8, 6, 5, 4, 3)),
         Scheme("int4-w4a8", _INT4, _U8),
-        *(Scheme(f"int{bits}-w{bits}a8", NumberFormat(f"int{bits}", bits, "channel"), _U8) for bits in (6, 5, 3)),
+        *(Scheme(f"int{bits}-w{bits}a8", _integers(bits), _U8) for bits in (6, 5, 3)),
         Scheme("int4-w4a8-g64", _grouped("int4", 4, 64)[0], _by_token(_INT8)),
         Scheme("int4-w4a4", _INT4, NumberFormat("uint4", 4, "tensor", symmetric=False)),
         Scheme("int4-w4a4-g64", *_grouped("int4", 4, 64)),

@@ -40,6 +40,16 @@ class LayerStatistics:
         """Rows of the input at random places, as many of every call: float32 (rows, in_channels x kernel), on CPU."""
         return torch.cat(self._rows)
 
+    def calls_of_rows(self, calls: int, batches: int) -> Tensor:
+        """Which network call each row is from, int64 (rows,).
+
+        Args:
+            calls: of the network in one run.
+            batches: runs; a layer may be called several times, but always as often.
+        """
+        each = max(1, len(self._rows) // (calls * batches))
+        return torch.cat([torch.full((len(rows),), at // each % calls) for at, rows in enumerate(self._rows)])
+
     def _sampled(self, x: Tensor) -> Tensor:
         if not isinstance(self._layer, nn.Conv2d):
             rows = x.reshape(-1, x.shape[-1])
