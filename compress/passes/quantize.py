@@ -199,10 +199,10 @@ class Quantize(Pass):
             e.module: scheme(e.action) for e in own.values() if e.action not in (SKIP, QK) and e.module not in named
         }
         mine = [edit for edit in edits if edit.module.partition(".")[0] == "denoiser"]
-        planned = iter(limited(mine, tops, budget, lambda top: self._formats(top, targets)))
+        planned = iter(limited(mine, tops, budget, lambda top: self.choices(top, targets)))
         return [next(planned) if edit in mine else edit for edit in edits]
 
-    def _formats(self, top: Scheme, targets: Sequence[Target]) -> list[Scheme]:
+    def choices(self, top: Scheme, targets: Sequence[Target]) -> list[Scheme]:
         """What the budget may give a layer of that scheme."""
         if not self.formats:
             return formats_below(top, targets)
@@ -264,7 +264,7 @@ class Quantize(Pass):
         """
         from compress import calibrate
 
-        methods, watched = self._methods(), dict[str, list[str]]()
+        methods, watched = self.methods(), dict[str, list[str]]()
         for part, own in _rows(edits).items():
             watched[part] = [
                 name
@@ -297,7 +297,7 @@ class Quantize(Pass):
         from compress import calibrate
         from compress.quantization.layer import quantized_layer
 
-        methods, rows, made = self._methods(), _rows(edits), {} if made is None else made
+        methods, rows, made = self.methods(), _rows(edits), {} if made is None else made
         total = sum(edit.action not in (SKIP, QK) for own in rows.values() for edit in own.values())
         done = 0
         for part, own in rows.items():
@@ -335,8 +335,8 @@ class Quantize(Pass):
 
         own = [edit for edit in edits if edit.module.partition(".")[0] == "denoiser"]
         tops = {name: top for name, edit in _rows(own)["denoiser"].items() if (top := limit(edit)) is not None}
-        formats = {name: self._formats(top, context.targets) for name, top in tops.items()}
-        found = prospects(model, formats, seen, replace(self._methods(), rounding="nearest"), context)
+        formats = {name: self.choices(top, context.targets) for name, top in tops.items()}
+        found = prospects(model, formats, seen, replace(self.methods(), rounding="nearest"), context)
         exact = None if budget.latent_psnr_db is None else _latents(model, context)
 
         def measure(tried: list[Edit]) -> float:
@@ -369,7 +369,8 @@ class Quantize(Pass):
         selected = {name for name in (*worst, *model.family.modulation(model.denoiser)) if name in plan.layers}
         return finetuned(model, plan, recorded(model, context), selected, self.finetune, context)
 
-    def _methods(self) -> Methods:
+    def methods(self) -> Methods:
+        """How layers are quantized."""
         from compress.quantization.layer import Methods
 
         return Methods(**{one.name: getattr(self, one.name) for one in fields(Methods)})

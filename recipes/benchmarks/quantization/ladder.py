@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from compress.errors import PassError, RefusedError
+from compress.model.latent_diffusion import LatentDiffusion
 from compress.passes.quantize import Quantize
 from export.quant_plan import QuantPlan
 from recipes.benchmarks.caching.bench import ROOT, sampled
@@ -40,6 +41,10 @@ class Ladder:
         }
         self._seen: tuple[tuple[str, int], Any] | None = None
         self._full: dict[str, dict[str, np.ndarray]] = {}
+
+    def model(self, name: str) -> LatentDiffusion:
+        """The float model with its sampler."""
+        return self._models[name]
 
     def full(self, name: str) -> dict[str, np.ndarray]:
         """Latents, pictures, features and hits of the float model."""
