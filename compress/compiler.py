@@ -135,11 +135,14 @@ def apply(
         def make(
             folder: Path, step: Pass = step, edits: Sequence[Edit] = edits, before: LatentDiffusion = before
         ) -> None:
-            changed = before.clone()
+            changed = before.clone(networks="weights" in step.changes)
             step.apply(changed, edits, context)
             step.check(changed, edits)
             changed.provenance.append({"pass": step.name, "fields": pass_fields(step)})
-            changed.save(folder)
+            if "weights" in step.changes:
+                changed.save(folder)
+            else:
+                changed.save_plans(folder)
 
         inputs = {
             "what": "pass",
@@ -149,7 +152,7 @@ def apply(
             "targets": [row.name for row in targets],
             "calibration": [list(context.prompts), context.seed, context.height, context.width],
         }
-        model = store.fetch(inputs, make, load)
+        model = store.fetch(inputs, make, load if "weights" in step.changes else before.with_plans)
         step.check(model, edits)
         stages[step.name] = model
     return stages

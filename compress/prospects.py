@@ -134,7 +134,7 @@ def _spread(errors: Mapping[str, float]) -> list[str]:
 
 def measured_error(model: LatentDiffusion, plan: QuantPlan, context: PassContext) -> float:
     """The squared error of the latents that a quantized denoiser ends in, summed over them, mean over some samples."""
-    other = model.clone()
+    other = model.clone(networks=False)
     other.quant_plans["denoiser"] = plan
     prompts = list(context.prompts[:MEASURED])
     seeds = [context.seed + at for at in range(len(prompts))]

@@ -77,7 +77,7 @@ class LayerQuant:
     bias: np.ndarray | None = None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LayerQuant) and _packed(self) == _packed(other)
+        return isinstance(other, LayerQuant) and _packed(self, None, "") == _packed(other, None, "")
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -171,13 +171,22 @@ class QuantPlan:
             if not all(math.isfinite(scale) and scale > 0 for scale in (attention.query, attention.key)):
                 raise QuantPlanError(f"attention {name!r} has a scale that is not positive and finite")
 
-    def to_json(self) -> str:
-        """Serialise; floats keep all their digits, arrays their bytes, so a round trip is exact."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, **_packed(self)}, sort_keys=True)
+    def to_json(self, arrays: dict[str, np.ndarray] | None = None, name: str = "plan") -> str:
+        """Serialise; floats keep all their digits, arrays their bytes, so a round trip is exact.
+
+        Args:
+            arrays: takes the arrays, and the text refers to them by name; None writes them into the text.
+            name: their names begin with.
+        """
+        return json.dumps({"schema_version": SCHEMA_VERSION, **_packed(self, arrays, name)}, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> QuantPlan:
+    def from_json(cls, text: str, arrays: Mapping[str, np.ndarray] | None = None) -> QuantPlan:
         """Read and validate a plan.
+
+        Args:
+            text: from `to_json`.
+            arrays: that it refers to.
 
         Raises:
             QuantPlanError: not JSON, another schema version, a missing or unknown key, or an impossible number.
@@ -187,7 +196,7 @@ class QuantPlan:
             version = raw.pop("schema_version")
             if version != SCHEMA_VERSION:
                 raise QuantPlanError(f"the plan has schema version {version!r}, this reads {SCHEMA_VERSION}")
-            layers = {name: _layer(layer) for name, layer in raw.pop("layers").items()}
+            layers = {name: _layer(layer, arrays or {}) for name, layer in raw.pop("layers").items()}
             attentions = {name: AttentionQuant(**attention) for name, attention in raw.pop("attentions", {}).items()}
             plan = cls(layers=layers, attentions=attentions, **raw)
             plan.validate()
@@ -198,6 +207,7 @@ class QuantPlan:
         return plan
 
 
+_DTYPES = ("float32", "float16", "int8")
 _INPUTS: dict[str, type[Affine] | type[Scaled] | type[Dynamic]] = {
     "affine": Affine,
     "scaled": Scaled,
@@ -205,9 +215,12 @@ _INPUTS: dict[str, type[Affine] | type[Scaled] | type[Dynamic]] = {
 }
 
 
-def _packed(value: Any) -> Any:
-    """A dataclass as plain data; arrays by their bytes, kinds of input by their names."""
+def _packed(value: Any, arrays: dict[str, np.ndarray] | None, path: str) -> Any:
+    """A dataclass as plain data; arrays by their bytes or names, kinds of input by their names."""
     if isinstance(value, np.ndarray):
+        if arrays is not None:
+            arrays[path] = value
+            return {"array": path}
         data = np.ascontiguousarray(value)
         little = data.astype(data.dtype.newbyteorder("<"), copy=False)
         return {
@@ -216,19 +229,24 @@ def _packed(value: Any) -> Any:
             "base64": base64.b64encode(little.tobytes()).decode(),
         }
     if isinstance(value, Mapping):
-        return {name: _packed(one) for name, one in value.items()}
+        return {name: _packed(one, arrays, f"{path}.{name}") for name, one in value.items()}
     if hasattr(value, "__dataclass_fields__"):
         kind = next((name for name, kind in _INPUTS.items() if type(value) is kind), None)
-        plain = {one.name: _packed(getattr(value, one.name)) for one in fields(value)}
+        plain = {one.name: _packed(getattr(value, one.name), arrays, f"{path}.{one.name}") for one in fields(value)}
         return plain if kind is None else {"kind": kind, **plain}
     return value
 
 
-def _array(raw: Any) -> np.ndarray | None:
+def _array(raw: Any, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
     if raw is None:
         return None
+    if "array" in raw:
+        found = arrays[raw["array"]]
+        if found.dtype.name not in _DTYPES:
+            raise QuantPlanError(f"the plan refers to an array of {found.dtype.name!r}")
+        return found
     dtype = raw["dtype"]
-    if dtype not in ("float32", "float16", "int8"):
+    if dtype not in _DTYPES:
         raise QuantPlanError(f"the plan holds an array of {dtype!r}")
     flat = np.frombuffer(base64.b64decode(raw["base64"], validate=True), np.dtype(dtype).newbyteorder("<"))
     return flat.astype(dtype).reshape(raw["shape"])
@@ -241,15 +259,15 @@ def _input(raw: Any) -> Any:
     return _INPUTS[raw.pop("kind")](**raw)
 
 
-def _layer(raw: dict[str, Any]) -> LayerQuant:
+def _layer(raw: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> LayerQuant:
     raw = dict(raw)
     weight = dict(raw.pop("weight"))
-    grid = WeightGrid(**weight | {name: _array(weight.get(name)) for name in ("scale", "numbers")})
+    grid = WeightGrid(**weight | {name: _array(weight.get(name), arrays) for name in ("scale", "numbers")})
     branch = raw.pop("low_rank")
     return LayerQuant(
         weight=grid,
-        low_rank=None if branch is None else LowRank(**{name: _array(one) for name, one in branch.items()}),  # type: ignore[arg-type]
+        low_rank=None if branch is None else LowRank(**{name: _array(one, arrays) for name, one in branch.items()}),  # type: ignore[arg-type]
         **raw
         | {name: _input(raw[name]) for name in ("input", "output")}
-        | {name: _array(raw[name]) for name in ("smooth", "bias")},
+        | {name: _array(raw[name], arrays) for name in ("smooth", "bias")},
     )

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from compress.errors import RefusedError
-from compress.model.latent_diffusion import STATE_FILE, LatentDiffusion, load
+from compress.model.latent_diffusion import ARRAYS_FILE, STATE_FILE, LatentDiffusion, load
 from export.quant_plan import Affine, LayerQuant, QuantPlan, WeightGrid
 from tests import tiny
 
@@ -25,7 +25,7 @@ FAMILIES = ["unet", "sd3", "dit", "pixart", "flux", "sdxl"]
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 UNKNOWN_LAYOUT = json.dumps(
     {
-        "schema_version": 2,
+        "schema_version": 3,
         "layout": {
             "slots": {"deep": {"tensor": "nowhere"}},
             "paths": {"full": {"read": [], "write": ["deep"]}, "shallow": {"read": ["deep"], "write": []}},
@@ -317,6 +317,26 @@ def test_clone_is_independent(tiny_folder: Folder, family: str) -> None:
     assert (model.hash(), model.state_hash(), model.layout) == (before, state, None)
     assert len(model.provenance) == 1
     assert twin.hash() != before
+
+
+def test_plans_are_saved_without_the_networks(tiny_folder: Folder, tmp_path: Path) -> None:
+    model = load(tiny_folder("unet"))
+    weight = model.denoiser.conv_out.weight
+    numbers = np.zeros((len(weight), weight[0].numel()), np.int8)
+    grid = WeightGrid("int4", np.full((len(weight), 1), 0.1, np.float32), numbers=numbers)
+    planned = model.clone(networks=False)
+    planned.quant_plans["denoiser"] = QuantPlan({"conv_out": LayerQuant("conv", "int4-w4a32", grid, None)})
+    planned.save_plans(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < numbers.nbytes + 4000
+    again = model.with_plans(tmp_path)
+    assert again.quant_plans == planned.quant_plans
+    assert again.state_hash() == planned.state_hash() != model.state_hash()
+    assert again.denoiser is model.denoiser
+    numbers[0, 0] = 1
+    assert planned.state_hash() != again.state_hash()
+    (tmp_path / ARRAYS_FILE).unlink()
+    with pytest.raises(RefusedError, match="cannot be read"):
+        model.with_plans(tmp_path)
 
 
 def test_hash_sees_everything(tiny_folder: Folder) -> None:
@@ -622,7 +642,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     # our own state
     "state is no JSON": ("unet", text(STATE_FILE, "nonsense"), "not valid JSON"),
     "state of the future": ("unet", text(STATE_FILE, '{"schema_version": 99}'), "schema version 99"),
-    "state without plans": ("unet", text(STATE_FILE, '{"schema_version": 2, "layout": null}'), "cannot be read"),
+    "state without plans": ("unet", text(STATE_FILE, '{"schema_version": 3, "layout": null}'), "cannot be read"),
     "state of an unknown layout": ("unet", text(STATE_FILE, UNKNOWN_LAYOUT), "which no unit of the denoiser computes"),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 
 from compress.errors import PassError, RefusedError
 from compress.families import DenoiserSegment, Family, Layout, Network
@@ -24,9 +25,11 @@ from export.quant_plan import QuantPlan
 from export.runtime import LatentSpec, Runtime
 from export.step_plan import StepPlan
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STATE_FILE = "compress.json"
 """What a saved model knows beyond a diffusers folder: layout, step plan, quantization plans, provenance."""
+ARRAYS_FILE = "compress.safetensors"
+"""The numbers of its quantization plans."""
 
 PartFunction = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """Named arrays to named arrays; takes more than it needs."""
@@ -163,18 +166,43 @@ class LatentDiffusion:
 
     def state_hash(self) -> str:
         """SHA-256 over everything a pass can change: weights, layout, step plan, quantization plans."""
-        state = {key: value for key, value in self._state().items() if key != "provenance"}
-        return hashlib.sha256(_canonical([self.hash(), state])).hexdigest()
+        state, arrays = self._state()
+        del state["provenance"]
+        digest = hashlib.sha256(_canonical([self.hash(), state]))
+        for name, array in arrays.items():
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def to(self, device: torch.device) -> None:
         """Move the networks; their functions go on taking and giving NumPy arrays."""
         for network in self._networks().values():
             network.to(device)
 
-    def clone(self) -> LatentDiffusion:
-        """An independent copy; tokenizers, which nothing changes, are shared."""
-        shared = ("family", "tokenizers")
+    def clone(self, *, networks: bool = True) -> LatentDiffusion:
+        """A copy with plans of its own, and networks of its own unless they are to be shared.
+
+        Tokenizers, which nothing changes, are shared.
+        """
+        shared = {"family", "tokenizers"} | (set() if networks else {"denoiser", "vae", "text_encoders"})
         return replace(self, **{key: copy.deepcopy(value) for key, value in vars(self).items() if key not in shared})
+
+    def save_plans(self, folder: Path) -> None:
+        """Write what `with_plans` of the same model reads: everything but networks, tokenizers and scheduler."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state, arrays = self._state()
+        _write_json(folder / STATE_FILE, state)
+        if arrays:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / ARRAYS_FILE)
+
+    def with_plans(self, folder: Path) -> LatentDiffusion:
+        """The same networks with the plans that `save_plans` wrote.
+
+        Raises:
+            RefusedError: one sentence with the file, the cause and the way out.
+        """
+        model = self.clone(networks=False)
+        _restore(model, folder)
+        return model
 
     def save(self, folder: Path) -> None:
         """Write a standard diffusers folder plus `compress.json`; `load` gives the same model back, bit for bit."""
@@ -190,7 +218,7 @@ class LatentDiffusion:
                 component.save_pretrained(folder / name)
         (folder / "scheduler").mkdir(exist_ok=True)
         _write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler_config)
-        _write_json(folder / STATE_FILE, self._state())
+        self.save_plans(folder)
 
     def _networks(self) -> dict[str, Network]:
         return {self.family.part: self.denoiser, "vae": self.vae, **self.text_encoders}
@@ -203,15 +231,19 @@ class LatentDiffusion:
         }
         return {"vae_decoder": VaeDecoder(self.vae), "vae_encoder": VaeEncoder(self.vae), **encoders}
 
-    def _state(self) -> dict[str, Any]:
-        return {
+    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Plain data, and the arrays it refers to by name."""
+        arrays: dict[str, np.ndarray] = {}
+        plans = {name: json.loads(plan.to_json(arrays, name)) for name, plan in sorted(self.quant_plans.items())}
+        state = {
             "schema_version": SCHEMA_VERSION,
             "layout": None if self.layout is None else self.layout.to_dict(),
             "step_plan": None if self.step_plan is None else json.loads(self.step_plan.to_json()),
-            "quant_plans": {name: json.loads(plan.to_json()) for name, plan in sorted(self.quant_plans.items())},
+            "quant_plans": plans,
             "conditioning": self.conditioning,
             "provenance": self.provenance,
         }
+        return state, arrays
 
 
 def load(path: str | Path) -> LatentDiffusion:
@@ -238,11 +270,12 @@ def load(path: str | Path) -> LatentDiffusion:
         provenance=[{"loaded": root.name, "ignored": components.ignored}],
     )
     if (root / STATE_FILE).exists():
-        _restore(model, read_json(root, STATE_FILE), root / STATE_FILE)
+        _restore(model, root)
     return model
 
 
-def _restore(model: LatentDiffusion, state: Mapping[str, Any], path: Path) -> None:
+def _restore(model: LatentDiffusion, folder: Path) -> None:
+    state, path = read_json(folder, STATE_FILE), folder / STATE_FILE
     if state.get("schema_version") != SCHEMA_VERSION:
         raise RefusedError(f"{path} has schema version {state.get('schema_version')!r}; this reads {SCHEMA_VERSION}")
     with refusing(f"{path} cannot be read"):
@@ -251,7 +284,8 @@ def _restore(model: LatentDiffusion, state: Mapping[str, Any], path: Path) -> No
         if state["step_plan"] is not None:
             model.step_plan = StepPlan.from_json(json.dumps(state["step_plan"]))
         plans = state["quant_plans"].items()
-        model.quant_plans = {name: QuantPlan.from_json(json.dumps(plan)) for name, plan in plans}
+        arrays = load_file(folder / ARRAYS_FILE) if plans else {}
+        model.quant_plans = {name: QuantPlan.from_json(json.dumps(plan), arrays) for name, plan in plans}
         model.conditioning = dict(state["conditioning"])
         model.provenance = list(state["provenance"])
 

@@ -55,7 +55,8 @@ class Pass(ABC):
     """A rewrite of a model. Subclasses are dataclasses whose fields are their recipe keys.
 
     Class facts, given at the head of every pass: `name` (the recipe key), `paper` (where the method comes from),
-    `needs` (of calibration, training), `changes` (of weights, graph, plan).
+    `needs` (of calibration, training), `changes` (of weights, graph, plan); one that does not change weights shares
+    the networks of the model it is given.
     """
 
     name: ClassVar[str]

@@ -96,7 +96,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     paper: ClassVar[str] = "Jacob et al. 2018, arXiv 1712.05877; over timesteps: Li et al. 2023, arXiv 2302.04304"
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
-    changes: ClassVar[frozenset[str]] = frozenset({"weights", "graph"})
+    changes: ClassVar[frozenset[str]] = frozenset({"graph"})
 
     scheme: str
     parts: dict[str, str] | None = None
@@ -342,7 +342,7 @@ class Quantize(Pass):
         def measure(tried: list[Edit]) -> float:
             if exact is None:
                 raise ValueError("a budget of bytes measures no pictures")
-            other = model.clone()
+            other = model.clone(networks=False)
             self.quantize(other, tried, seen, context, {}, made)
             return float(psnr_per_sample(exact, _latents(other, context), latent_peak(exact)).mean())
 
