@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from compress.errors import PassError, RefusedError
 from compress.model.latent_diffusion import LatentDiffusion
+from compress.quantization import statistics
 from compress.quantization.attention import observed, scales
-from compress.quantization.statistics import LayerStatistics
+from compress.quantization.statistics import LayerStatistics, Observed, RowFile
 from export.quant_plan import AttentionQuant
 from export.runtime import Runtime
 
@@ -59,6 +62,9 @@ def observe(
 ) -> dict[tuple[str, str], LayerStatistics]:
     """What the layers see along the calibration runs: (part, layer) -> its statistics.
 
+    They are kept in the store, where there is one, under everything they depend on: other number formats and methods
+    use them again. Rows of inputs go to the disk as they come.
+
     Args:
         model: uncompressed; its step plan is run.
         layers: to watch.
@@ -68,14 +74,36 @@ def observe(
     Raises:
         PassError: a layer never ran, or an activation is not finite.
     """
+
+    def make(folder: Path) -> None:
+        with statistics.writing(folder) as file:
+            statistics.save(folder, _watched(model, layers, context, rows, file))
+
+    if context.store is None:
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder))
+            return statistics.load(Path(folder))
+    inputs = {
+        "what": "calibration",
+        "model": model.state_hash(),
+        "layers": {part: list(names) for part, names in layers.items()},
+        "rows": rows,
+        "runs": [list(context.prompts), context.seed, context.height, context.width, context.batch],
+    }
+    return context.store.fetch(inputs, make, statistics.load)
+
+
+def _watched(
+    model: LatentDiffusion, layers: Layers, context: PassContext, rows: int, file: RowFile
+) -> dict[tuple[str, str], LayerStatistics]:
     batches = -(-len(context.prompts) // context.batch)
     calls = 1 if model.step_plan is None else model.step_plan.network_calls
-    seen: dict[tuple[str, str], LayerStatistics] = {}
+    seen: dict[tuple[str, str], Observed] = {}
 
     def watch(part: str, name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         if (part, name) not in seen:
             times = batches * (calls if part == "denoiser" else 1)
-            seen[part, name] = LayerStatistics(f"{part}.{name}", layer, -(-rows // times))
+            seen[part, name] = Observed(f"{part}.{name}", layer, -(-rows // times), file)
         try:
             seen[part, name].update(x, y)
         except PassError as error:
@@ -84,7 +112,7 @@ def observe(
     with watching(model, layers, watch):
         run(model.runtime(simulate=False), context, "calibrate")
     _all_ran(layers, set(seen))
-    return seen
+    return dict(seen)
 
 
 def observe_attention(model: LatentDiffusion, names: Sequence[str], context: PassContext) -> dict[str, AttentionQuant]:

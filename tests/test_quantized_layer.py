@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from compress.quantization.fake_quantize import round_layer
 from compress.quantization.layer import Methods, output_error, quantized_layer
 from compress.quantization.scheme import SCHEMES
-from compress.quantization.statistics import LayerStatistics
+from compress.quantization.statistics import LayerStatistics, Observed, RowFile
 from compress.quantization.transforms import Rotation, weight_of
 from export.elements import element
 from export.quant_plan import LayerQuant
@@ -36,7 +37,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, nn.Module, LayerStatistic
     torch.manual_seed(0)
     op = request.param
     layer: nn.Module = nn.Linear(CHANNELS, OUT) if op == "linear" else nn.Conv2d(CHANNELS, OUT, 3, 2, 1)
-    seen = LayerStatistics("layer", layer, 256)
+    seen = Observed("layer", layer, 256, RowFile(io.BytesIO()))
     with torch.no_grad():
         for seed in range(6):
             seen.update(inputs(op, 32, seed), layer(inputs(op, 32, seed)))
@@ -168,7 +169,7 @@ def test_any_float_chooses_by_tensor(case: tuple[str, nn.Module, LayerStatistics
 
 def test_calibration_rows_are_the_same_again(case: tuple[str, nn.Module, LayerStatistics]) -> None:
     op, layer, seen = case
-    again = LayerStatistics("layer", layer, 256)
+    again = Observed("layer", layer, 256, RowFile(io.BytesIO()))
     with torch.no_grad():
         for seed in range(6):
             again.update(inputs(op, 32, seed), layer(inputs(op, 32, seed)))

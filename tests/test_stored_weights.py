@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from compress.quantization.fake_quantize import fake_quantized
 from compress.quantization.layer import Methods, quantized_layer
 from compress.quantization.scheme import SCHEMES
-from compress.quantization.statistics import LayerStatistics
+from compress.quantization.statistics import Observed, RowFile
 from export.backends import backend as opened
 from export.elements import element
 from export.emitter import Emitter
@@ -75,7 +76,7 @@ Plan = Callable[..., QuantPlan]
 @pytest.fixture(scope="module")
 def plan(net: nn.Module) -> Plan:
     layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-    seen = {name: LayerStatistics(name, layer, 512) for name, layer in layers.items()}
+    seen = {name: Observed(name, layer, 512, RowFile(io.BytesIO())) for name, layer in layers.items()}
     handles = [
         layer.register_forward_hook(lambda _, args, output, name=name: seen[name].update(args[0], output))
         for name, layer in layers.items()

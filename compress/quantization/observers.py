@@ -34,6 +34,13 @@ class Histogram:
         self.limit = 0.0
         self.low, self.high = math.inf, -math.inf
 
+    @classmethod
+    def of(cls, counts: Tensor, limit: float, low: float, high: float) -> Histogram:
+        """One with what another one has counted."""
+        made = cls()
+        made.counts, made.limit, made.low, made.high = counts, limit, low, high
+        return made
+
     def update(self, x: Tensor) -> None:
         """Count the numbers of a float tensor of any shape.
 
