@@ -23,6 +23,11 @@ UP_TO = "up to "
 HALVINGS = 6
 """Of the span of sizes, in search of the smallest one that is good enough."""
 
+DOUBTFUL = 3.0
+"""Uniform formats whose predicted error is no more than so many times the chosen one's are measured against it."""
+RIVALS = 2
+"""The best of them."""
+
 Formats = Callable[[Scheme], list[Scheme]]
 """What a layer of some scheme may get, that scheme included."""
 
@@ -112,7 +117,7 @@ def choose(
     measure: Callable[[list[Edit]], float],
     progress: Progress,
 ) -> list[Edit]:
-    """The edits of the denoiser within the budget.
+    """The edits of the denoiser within the budget; never worse, on calibration noises, than a uniform format that fits.
 
     Args:
         edits: with upper limits.
@@ -134,7 +139,16 @@ def choose(
             f"quantize.budget: size_ratio is {budget.size_ratio:g}, which leaves {room} bytes to layers that take "
             f"{found.bounds[0]} at least: raise it, or give formats of fewer bits"
         )
-    return decided(edits, schemes, found)
+    best = decided(edits, schemes, found)
+    rivals = found.rivals(room, DOUBTFUL * found.error(schemes))[:RIVALS]
+    if not rivals:
+        return best
+    tried = [best, *(decided(edits, rival, found) for rival in rivals)]
+    reached = []
+    for done, one in enumerate(tried):
+        reached.append(measure(one))
+        progress("compare with uniform formats", done + 1, len(tried))
+    return tried[reached.index(max(reached))]
 
 
 def summary(edits: Sequence[Edit], found: Prospects) -> dict[str, Any]:

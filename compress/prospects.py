@@ -70,6 +70,23 @@ class Prospects:
             return None
         return {name: own[at].scheme for (name, own), at in zip(self.options.items(), chosen, strict=True)}
 
+    def uniform(self, scheme: str) -> dict[str, str]:
+        """One format in every layer that may have it, and the largest one in the others."""
+        largest = {name: max(own, key=lambda option: option.bytes).scheme for name, own in self.options.items()}
+        names = {name: [option.scheme for option in own] for name, own in self.options.items()}
+        return {name: scheme if scheme in names[name] else largest[name] for name in self.options}
+
+    def bytes(self, schemes: Mapping[str, str]) -> int:
+        """Of all layers."""
+        by_name = {name: {option.scheme: option.bytes for option in own} for name, own in self.options.items()}
+        return sum(by_name[name][chosen] for name, chosen in schemes.items())
+
+    def rivals(self, budget: int, error: float) -> list[dict[str, str]]:
+        """Uniform formats that fit into so many bytes and are predicted to have no more error, the best one first."""
+        names = dict.fromkeys(option.scheme for own in self.options.values() for option in own)
+        fitting = [one for one in map(self.uniform, names) if self.bytes(one) <= budget and self.error(one) <= error]
+        return sorted(fitting, key=self.error)
+
     def error(self, schemes: Mapping[str, str]) -> float:
         """The predicted squared error of the denoiser's output; layers that are not named stay in float."""
         by_name = {name: {option.scheme: option.error for option in own} for name, own in self.options.items()}

@@ -14,11 +14,11 @@ import torch
 
 from compress.errors import RecipeError, RefusedError
 from compress.measure.metrics import latent_peak, psnr_per_sample
-from compress.mixed_precision import Budget
+from compress.mixed_precision import Budget, choose
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.passes.base import Edit, PassContext
 from compress.passes.quantize import LayerRule, Quantize
-from compress.prospects import rank_correlation
+from compress.prospects import Option, Prospects, rank_correlation
 from compress.quantization.allocation import allocate
 from compress.sensitivity import sensitivities
 from export.target import TARGETS
@@ -189,6 +189,30 @@ def test_what_no_format_can_do_is_refused_before_calibration(
 def test_a_wrong_budget_names_its_field(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Quantize("int8-w8a8", **options)
+
+
+def test_a_uniform_format_that_measures_better_is_kept() -> None:
+    """Predictions prefer a mixture; measurements say that one format everywhere is better, or that it is not."""
+    options = {
+        "one": [Option("int8-w8a8", 80, 0.5), Option("fp8-w8a8", 80, 0.4)],
+        "two": [Option("int8-w8a8", 80, 0.4), Option("fp8-w8a8", 80, 0.5), Option("int4-w4a8", 40, 90.0)],
+    }
+    found = Prospects(options, None)
+    edits = [Edit("quantize", f"denoiser.{name}", "up to int8-w8a8", 320, 80, "") for name in options]
+    assert found.within(160) == {"one": "fp8-w8a8", "two": "int8-w8a8"}
+    for better, expected in (("int8-w8a8", {"int8-w8a8"}), ("mixture", {"fp8-w8a8", "int8-w8a8"})):
+        measured: list[set[str]] = []
+
+        def measure(tried: list[Edit], better: str = better, measured: list[set[str]] = measured) -> float:
+            measured.append({edit.action for edit in tried})
+            return 30.0 + (measured[-1] == ({better} if better != "mixture" else {"fp8-w8a8", "int8-w8a8"}))
+
+        chosen = choose(edits, Budget(size_ratio=0.25), found, measure, lambda *_: None)
+        assert {edit.action for edit in chosen} == expected
+        assert len(measured) == 3
+        assert sum(edit.bytes_after for edit in chosen) <= 160
+    # A uniform format that is predicted to be much worse is not measured at all.
+    assert found.rivals(120, 3.0) == []
 
 
 def test_rank_correlation_of_known_orders() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -337,14 +338,15 @@ class Quantize(Pass):
         tops = {name: top for name, edit in _rows(own)["denoiser"].items() if (top := limit(edit)) is not None}
         formats = {name: self.choices(top, context.targets) for name, top in tops.items()}
         found = prospects(model, formats, seen, replace(self.methods(), rounding="nearest"), context)
-        exact = None if budget.latent_psnr_db is None else _latents(model, context)
+
+        @functools.cache
+        def exact() -> np.ndarray:
+            return latents_of(model, context)
 
         def measure(tried: list[Edit]) -> float:
-            if exact is None:
-                raise ValueError("a budget of bytes measures no pictures")
             other = model.clone(networks=False)
             self.quantize(other, tried, seen, context, {}, made)
-            return float(psnr_per_sample(exact, _latents(other, context), latent_peak(exact)).mean())
+            return float(psnr_per_sample(exact(), latents_of(other, context), latent_peak(exact())).mean())
 
         chosen = choose(own, budget, found, measure, context.progress)
         model.provenance.append({"pass": self.name, **summary(chosen, found)})
@@ -418,7 +420,7 @@ class Quantize(Pass):
         return scheme(named or self.scheme)
 
 
-def _latents(model: LatentDiffusion, context: PassContext) -> np.ndarray:
+def latents_of(model: LatentDiffusion, context: PassContext) -> np.ndarray:
     """One per calibration prompt."""
     import numpy as np
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from compress.measure import metrics
-from compress.mixed_precision import Budget, decided, limit
+from compress.mixed_precision import Budget, choose, decided, limit
+from compress.model.latent_diffusion import LatentDiffusion
 from compress.passes.base import Edit
-from compress.passes.quantize import Quantize
+from compress.passes.quantize import Quantize, latents_of
 from compress.prospects import Option, Prospects, prospects, rank_correlation
 from compress.quantization.scheme import SCHEMES
 from recipes.benchmarks import caching_tables
@@ -73,27 +74,40 @@ class Study:
             print(f"{self.name}: predictions took {time.perf_counter() - began:.0f} s", flush=True)
         return self._prepared
 
-    def uniform(self, scheme: str) -> dict[str, str]:
-        """The formats where all layers that can have one."""
-        _, found = self.prepared()
-        return {
-            name: scheme if scheme in [option.scheme for option in own] and top.name == self.top else "int8-w8a32"
-            for (name, own), top in zip(found.options.items(), self.tops.values(), strict=True)
-        }
-
     def size(self, schemes: Mapping[str, str]) -> int:
         """Bytes of the denoiser."""
+        return self.fixed + self.prepared()[1].bytes(schemes)
+
+    def mixed(self, size: int) -> dict[str, str] | None:
+        """What the pass would choose for so many bytes; None where nothing fits."""
         _, found = self.prepared()
-        return self.fixed + sum(
-            next(option.bytes for option in own if option.scheme == schemes[name])
-            for name, own in found.options.items()
-        )
+        if found.within(size - self.fixed) is None:
+            return None
+        context = self.ladder.bench.context
+        floats = latents_of(self.model, context)
+
+        def measure(tried: list[Edit]) -> float:
+            made = latents_of(self.quantized(tried), context)
+            return float(metrics.psnr_per_sample(floats, made, metrics.latent_peak(floats)).mean())
+
+        budget = Budget(size_ratio=(size + 0.5) / self.before)
+        chosen = choose(self.edits, budget, found, measure, context.progress)
+        return {
+            edit.module.partition(".")[2]: edit.action for edit in chosen if edit.module.partition(".")[2] in self.tops
+        }
+
+    def quantized(self, edits: list[Edit]) -> LatentDiffusion:
+        """The model with these formats; outputs of convolutions stay in float, as on the ladder."""
+        model = self.model.clone(networks=False)
+        self.step.quantize(model, edits, self.prepared()[0], self.ladder.bench.context, {}, self.made)
+        model.quant_plans["denoiser"] = without_outputs(model.quant_plans["denoiser"])
+        return model
 
     def candidates(self) -> Iterator[tuple[str, dict[str, str]]]:
         """Name -> formats: the uniform ones, the best of their sizes and of smaller ones, and some that are not."""
         _, found = self.prepared()
         uniform = {
-            scheme: self.uniform(scheme)
+            scheme: found.uniform(scheme)
             for scheme in self.formats
             if any(scheme == option.scheme for own in found.options.values() for option in own)
         }
@@ -104,7 +118,7 @@ class Study:
                 sizes.append(size)
         four = next(size for size in sizes if size / self.before > 0.13)
         for size in (*(int(share * sizes[0]) for share in LESS), *sizes):
-            if schemes := found.within(size - self.fixed):
+            if schemes := self.mixed(size):
                 yield f"mixed, {size / self.before:.3f}", schemes
         random = np.random.default_rng(0)
         for size in (four, sizes[-1] * 3 // 4):
@@ -125,11 +139,8 @@ class Study:
         file = self.folder / f"{label}.json"
         if file.exists():
             return dict(json.loads(file.read_bytes()))
-        seen, found = self.prepared()
-        model = self.model.clone()
-        edits: list[Edit] = decided(self.edits, schemes, found)
-        self.step.quantize(model, edits, seen, self.ladder.bench.context, {}, self.made)
-        model.quant_plans["denoiser"] = without_outputs(model.quant_plans["denoiser"])
+        _, found = self.prepared()
+        model = self.quantized(decided(self.edits, schemes, found))
         latents = self.ladder.bench.latents(model.runtime())
         exact = self.ladder.full(self.name)["latents"]
         each = metrics.psnr_per_sample(exact, latents, metrics.latent_peak(exact))
