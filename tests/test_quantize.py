@@ -179,6 +179,37 @@ def test_check_finds_a_missing_layer_and_foreign_weights(models: Callable[[str],
         step.check(copy, edits)
 
 
+def test_what_is_not_finite_names_the_layer(models: Callable[[str], LatentDiffusion]) -> None:
+    model = models("unet").clone()
+    with torch.no_grad():
+        model.denoiser.mid_block.resnets[0].conv1.weight[0, 0] = float("nan")
+    step = Quantize("none", parts={"denoiser": "int8-w8a32"})
+    with pytest.raises(PassError, match=r"the weights of denoiser\.mid_block\.resnets\.0\.conv1 do not fit"):
+        quantized(model, step)
+    with pytest.raises(PassError, match=r"denoiser\.mid_block\.resnets\.0\.conv1: an activation is not finite"):
+        quantized(model, Quantize("none", parts={"denoiser": "int8-w8a8"}))
+
+
+def test_an_input_that_saturates_names_the_layer(
+    models: Callable[[str], LatentDiffusion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An observer that clips: a tenth of the range, and then nearly all of it."""
+    model, whole = models("unet"), Histogram.grid
+
+    def clipped(share: float) -> None:
+        def grid(self: Histogram, observer: str, bits: int = 8) -> Affine:
+            found = whole(self, "minmax", bits)
+            return Affine(found.scale * share, found.zero_point, bits)
+
+        monkeypatch.setattr(Histogram, "grid", grid)
+
+    clipped(0.9)
+    quantized(model, Quantize("none", parts={"denoiser": "int8-w8a8"}))
+    clipped(0.01)
+    with pytest.raises(PassError, match=r"the input of denoiser\.\S+ saturates: its grid from \S+ to \S+ loses \d+ %"):
+        quantized(model, Quantize("none", parts={"denoiser": "int8-w8a8"}))
+
+
 def test_a_layer_that_never_runs_is_an_error(models: Callable[[str], LatentDiffusion]) -> None:
     model = models("unet").clone()
     model.denoiser.add_module("idle", torch.nn.Linear(2, 2))

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,26 @@ def test_methods_lower_the_error(
     assert better < 0.98 * nearest
     if "low_rank" in methods:
         assert better < 0.7 * nearest
+
+
+@pytest.mark.parametrize("scheme", ["int4-w4a8", "int4-w4a32-g32"])
+@pytest.mark.parametrize("rounding", ["gptq", "learned"])
+def test_wide_layers_are_rounded_in_pieces(
+    case: tuple[str, nn.Module, LayerStatistics],
+    quantized: Quantized,
+    scheme: str,
+    rounding: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = quantized(scheme, rounding=rounding)
+    monkeypatch.setattr("compress.quantization.layer.COLUMNS", 40)
+    pieces = quantized(scheme, rounding=rounding)
+    assert not np.array_equal(whole.weight.numbers, pieces.weight.numbers)
+    assert (
+        error(case, whole)
+        < error(case, pieces)
+        < (1.01 if rounding == "learned" else 1.0) * error(case, quantized(scheme))
+    )
 
 
 @pytest.mark.parametrize("scheme", ["int4-w4a4-g64", "int4-w4a4", "nvfp4", "fp4-any-w4a4"])

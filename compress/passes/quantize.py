@@ -296,6 +296,7 @@ class Quantize(Pass):
             made: layers that are quantized already.
         """
         from compress import calibrate
+        from compress.quantization.checks import check_inputs
         from compress.quantization.layer import quantized_layer
 
         methods, rows, made = self.methods(), _rows(edits), {} if made is None else made
@@ -310,6 +311,8 @@ class Quantize(Pass):
                 if key not in made:
                     layer, statistics = component.get_submodule(name), seen.get((part, name))
                     made[key] = quantized_layer(layer, scheme(edit.action), statistics, methods)
+                    if statistics is not None:
+                        check_inputs(edit.module, made[key], statistics)
                 layers[name] = made[key]
                 done += 1
                 context.progress("quantize", done, total)
@@ -384,13 +387,16 @@ class Quantize(Pass):
         skipped: dict[str, str],
         attentions: Mapping[str, AttentionQuant],
     ) -> QuantPlan | None:
-        from export.quant_plan import QuantPlan
+        from export.quant_plan import QuantPlan, QuantPlanError
 
         default = self._part_scheme(part)
         if not layers and _storage(default) == "float32":
             return None
         plan = QuantPlan(layers, skipped, _storage(default), default.inference_precision, attentions)
-        plan.validate()
+        try:
+            plan.validate()
+        except QuantPlanError as error:
+            raise PassError(f"the quantization of {part} is impossible: {error}") from error
         return plan
 
     @override

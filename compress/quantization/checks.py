@@ -1,4 +1,4 @@
-"""Whether the numbers of a quantized layer are near its weights."""
+"""Whether the numbers of a quantized layer are near its weights, and its grid is wide enough for its input."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from torch import nn
 from compress.errors import PassError
 from compress.quantization.rounding import neighbours, round_weight, scales_of, to_element
 from compress.quantization.scheme import scheme
+from compress.quantization.statistics import LayerStatistics
 from compress.quantization.transforms import weight_of
 from export.elements import element
+from export.grids import Affine, Scaled
 from export.quant_plan import LayerQuant
 
 _LOST = {True: 0.3, False: 0.02}
@@ -16,6 +18,9 @@ _LOST = {True: 0.3, False: 0.02}
 
 _CLIPPED = 2.7
 """Of an element's largest number, the most a weight may be: scales are tried down to half, powers of two fall below."""
+
+SATURATED = 0.1
+"""Of the squared inputs that calibration saw, the most that may be lost by the ends of a static grid."""
 
 
 def check_layer(name: str, layer: nn.Module, quant: LayerQuant) -> None:
@@ -43,3 +48,30 @@ def check_layer(name: str, layer: nn.Module, quant: LayerQuant) -> None:
             raise PassError(f"the weights of {name} do not fit the scales planned for them")
     if not bool(error.square().sum() <= _LOST[few] * rows.square().sum()):
         raise PassError(f"the weights of {name} do not fit the scales planned for them")
+
+
+def check_inputs(name: str, quant: LayerQuant, seen: LayerStatistics) -> None:
+    """A static grid may cut off little of the inputs of calibration; of a transformed input, nothing is known.
+
+    Args:
+        name: for the message.
+        quant: what became of the layer.
+        seen: what calibration kept of it.
+
+    Raises:
+        PassError: the input saturates.
+    """
+    grid = quant.input
+    if quant.smooth is not None or quant.rotation or not isinstance(grid, Affine | Scaled):
+        return
+    if isinstance(grid, Affine):
+        low, high = -grid.zero_point * grid.scale, (grid.levels - grid.zero_point) * grid.scale
+    else:
+        high = element(grid.element).largest * grid.scale
+        low = -high
+    share = seen.input.clipped(low, high)
+    if share > SATURATED:
+        raise PassError(
+            f"the input of {name} saturates: its grid from {low:.3g} to {high:.3g} loses {100 * share:.0f} % of the "
+            "energy that calibration saw; leave the layer in float with a `layers` rule, or choose another observer"
+        )

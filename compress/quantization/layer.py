@@ -29,6 +29,8 @@ Rounding = Literal["nearest", "gptq", "learned"]
 STRENGTHS = tuple(at / 10 for at in range(11))
 """Shares of the difficulty of activations that smoothing moves to the weights, tried for each layer."""
 
+COLUMNS = 6144
+"""Rounded together at most by `gptq` and `learned`: time grows with their cube, memory with their square."""
 _TRIED = 512
 """Rows that strengths are compared on."""
 _LEAST_ROTATION = 16
@@ -213,9 +215,14 @@ class _Work:
         grid = weight_grid(rows, self.scheme.weight, importance)
         if self.methods.rounding == "nearest":
             return replace(grid, numbers=numbers_of(rows, grid)) if quant.transforms else grid
-        moments = _moments(self.rounded(inputs, replace(quant, input=self.input(quant))))
-        rounded = {"gptq": gptq, "learned": learned}[self.methods.rounding](rows, grid, moments)
-        return replace(grid, numbers=numbers_of(rounded, grid))
+        method = {"gptq": gptq, "learned": learned}[self.methods.rounding]
+        seen = self.rounded(inputs, replace(quant, input=self.input(quant)))
+        pieces = []
+        for first, last in _pieces(rows.shape[1], grid.group):
+            groups = slice(first // grid.group, -(-last // grid.group)) if grid.group else slice(None)
+            own = replace(grid, scale=grid.scale[:, groups])
+            pieces.append(method(rows[:, first:last], own, _moments(seen[:, first:last])))
+        return replace(grid, numbers=numbers_of(torch.cat(pieces, 1), grid))
 
     def input(self, quant: LayerQuant) -> Input | None:
         """The grid of the input; of a transformed input, calibrated on the rows."""
@@ -246,6 +253,15 @@ class _Work:
         difference -= self.rounded(inputs, quant) @ round_weight(weight_of(self.weight, quant), quant.weight).T
         corrected: Tensor = self.layer.bias.detach().float().cpu() + difference.mean(0)
         return corrected.numpy()
+
+
+def _pieces(columns: int, group: int) -> list[tuple[int, int]]:
+    """Ranges of columns, as equal as groups allow, none above `COLUMNS`."""
+    count = -(-columns // COLUMNS)
+    size = -(-columns // count)
+    if group:
+        size = -(-size // group) * group
+    return [(first, min(first + size, columns)) for first in range(0, columns, size)]
 
 
 def _moments(inputs: Tensor) -> Tensor:

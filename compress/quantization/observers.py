@@ -61,6 +61,12 @@ class Histogram:
             self.limit *= 2
         self.counts += torch.histc(x.detach().float(), 2 * HALF, -self.limit, self.limit).cpu()
 
+    def clipped(self, low: float, high: float) -> float:
+        """What cutting off at `low` and `high` loses: its squared error, of the square of all seen."""
+        values, weights = self._seen()
+        lost = (values - values.clamp(low, high)).square() * weights
+        return float(lost.sum() / (values.square() * weights).sum().clamp_min(1e-20))
+
     def grid(self, observer: str, bits: int = 8) -> Affine:
         """The asymmetric grid an observer chooses: `minmax`, `percentile` or `mse`."""
         if observer == "minmax":
