@@ -15,6 +15,8 @@ from compress.model.latent_diffusion import LatentDiffusion
 from compress.quantization import statistics
 from compress.quantization.attention import observed, scales
 from compress.quantization.statistics import LayerStatistics, Observed, RowFile
+from export.loop import Lags
+from export.plan_rows import Step
 from export.quant_plan import AttentionQuant
 from export.runtime import Runtime
 
@@ -48,13 +50,21 @@ def run(floats: Runtime, context: PassContext, what: str) -> None:
     if not context.prompts:
         raise RefusedError("calibration needs at least one prompt")
     total = len(context.prompts)
+    batches = -(-total // context.batch)
+    rows = len(floats.plan.steps)
     for first in range(0, total, context.batch):
         prompts = list(context.prompts[first : first + context.batch])
         seeds = [context.seed + first + i for i in range(len(prompts))]
-        pictures = floats.generate(prompts, seeds, context.height, context.width)
+
+        def told(row: int, step: Step, _: Lags, __: Lags, done: int = rows * (first // context.batch)) -> Step:
+            context.progress(what, done + row, rows * batches)
+            return step
+
+        latents = floats.sample(prompts, seeds, context.height, context.width, revise=told)
+        pictures = floats.decode(latents)
         if "vae_encoder" in floats.functions:
             floats.encode_image(pictures)
-        context.progress(what, first + len(prompts), total)
+    context.progress(what, rows * batches, rows * batches)
 
 
 def observe(
