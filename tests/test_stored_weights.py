@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,21 @@ def test_every_number_of_any_bits_comes_back(name: str, backend: str, tmp_path: 
     write_pool({"net": model}, tmp_path)
     found = opened(backend).load(tmp_path / "net.onnx", 1, {})({"x": np.zeros((3, 47), np.float32)})["y"]
     np.testing.assert_array_equal(found, numbers)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_few_bits_run_on_the_kernels_of_eight(backend: str, graph: onnx.ModelProto, plan: Plan, tmp_path: Path) -> None:
+    """What unpacks weights is folded when a graph is opened: nothing of it is left to run."""
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    found = {}
+    for scheme in ("int8-w8a8", "int6-w6a8", "int5-w5a8", "int4-w4a8", "int3-w3a8"):
+        lowered = copy.deepcopy(graph)
+        lower(lowered, plan(scheme), backend, prefix="net.")
+        folder = tmp_path / scheme
+        folder.mkdir()
+        write_pool({"net": lowered}, folder)
+        inputs = {"x": np.zeros(SHAPE, np.float32)}
+        kernels = opened(backend).executed_kernels(folder / "net.onnx", inputs, {}).values()
+        found[scheme] = Counter((kernel.operation, kernel.precision) for kernel in kernels)
+    assert all(kernels == found["int8-w8a8"] for kernels in found.values())

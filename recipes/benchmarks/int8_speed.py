@@ -88,7 +88,9 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 }
 
 
-def quant_plan(family: Family, module: Any, denoiser: Any, inputs: list[Mapping[str, torch.Tensor]]) -> QuantPlan:
+def quant_plan(
+    family: Family, module: Any, denoiser: Any, inputs: list[Mapping[str, torch.Tensor]], form: str = "int8-w8a8"
+) -> QuantPlan:
     """What the pass `quantize` would plan, calibrated on random inputs: speed depends on no more than that they fit."""
     skip, modulation = set(family.sensitive(denoiser)), set(family.modulation(denoiser))
     layers = {
@@ -114,8 +116,10 @@ def quant_plan(family: Family, module: Any, denoiser: Any, inputs: list[Mapping[
         {
             name: LayerQuant(
                 "conv" if isinstance(layer, nn.Conv2d) else "linear",
-                "int8-w8a32" if name in modulation else "int8-w8a8",
-                weight_grid(layer.weight.detach().flatten(1), scheme("int8-w8a8").weight),
+                "int8-w8a32" if name in modulation else form,
+                weight_grid(
+                    layer.weight.detach().flatten(1), scheme("int8-w8a32" if name in modulation else form).weight
+                ),
                 None if name in modulation else seen[name][0].grid("minmax"),
                 seen[name][1].grid("minmax") if isinstance(layer, nn.Conv2d) else None,
             )
@@ -127,13 +131,15 @@ def quant_plan(family: Family, module: Any, denoiser: Any, inputs: list[Mapping[
     )
 
 
-def measure(name: str, targets: list[str], rounds: int, repeats: int, nncf: str | None) -> dict[str, Any]:
-    """One network on every target: CPU and wall time of one call, in turn: float, int8, and what NNCF makes of it."""
+def measure(
+    name: str, side: int | None, targets: list[str], rounds: int, repeats: int, nncf: str | None
+) -> dict[str, Any]:
+    """One network on every target: CPU and wall time of one call, in turn: float, 8 and 4 bits, and what NNCF makes."""
     torch.manual_seed(0)
     denoiser = NETWORKS[name]().eval().requires_grad_(False)
     family = FAMILIES[type(denoiser).__name__]
     segment = family.segments(denoiser, None)[0][0]
-    side = family.latent_side(denoiser)
+    side = side or family.latent_side(denoiser)
     example, check = (family.example_inputs(denoiser, batch, side, side, PROMPT_TOKENS) for batch in (2, 1))
     axes = {tensor: {0: "batch"} for tensor in example}
     generator = torch.Generator().manual_seed(1)
@@ -144,7 +150,10 @@ def measure(name: str, targets: list[str], rounds: int, repeats: int, nncf: str 
         }
         for _ in range(CALIBRATION)
     ]
-    plan = quant_plan(family, segment.module, denoiser, calibration)
+    plans = {
+        form: quant_plan(family, segment.module, denoiser, calibration, scheme)
+        for form, scheme in (("int8", "int8-w8a8"), ("int4", "int4-w4a8"))
+    }
     graph = export_module(segment.module, example, axes, segment.outputs, check, name=name)
     arrays = {key: tensor.numpy() for key, tensor in calibration[0].items()}
     results: dict[str, Any] = {}
@@ -152,15 +161,15 @@ def measure(name: str, targets: list[str], rounds: int, repeats: int, nncf: str 
         loaded = {}
         for target in targets:
             row = TARGETS[target]
-            paths = {"float32": Path(folder) / f"{target}-float32.onnx", "int8": Path(folder) / f"{target}-int8.onnx"}
-            quantized = onnx.ModelProto()
-            quantized.CopyFrom(graph)
-            lowered = lower(quantized, plan, row.dialect)
-            for model, path in ((graph, paths["float32"]), (quantized, paths["int8"])):
-                stripped = onnx.ModelProto()
-                stripped.CopyFrom(model)
-                strip_metadata(stripped)
-                onnx.save(stripped, path)
+            paths = {form: Path(folder) / f"{target}-{form}.onnx" for form in ("float32", *plans)}
+            nodes = {}
+            for form, path in paths.items():
+                model = onnx.ModelProto()
+                model.CopyFrom(graph)
+                if form in plans:
+                    nodes[form] = dict(lower(model, plans[form], row.dialect).nodes)
+                strip_metadata(model)
+                onnx.save(model, path)
             runtime = backend(row.backend)
             kernels = Counter(
                 kernel.operation
@@ -168,31 +177,40 @@ def measure(name: str, targets: list[str], rounds: int, repeats: int, nncf: str 
                 if kernel.precision == "int8"
             )
             functions = {form: runtime.load(path, 1, {}) for form, path in paths.items()}
-            outputs = {form: next(iter(function(arrays).values())) for form, function in functions.items()}
-            noise = ((outputs["float32"] - outputs["int8"]) ** 2).sum()
             results[target] = {
-                "layers": dict(lowered.nodes),
+                "layers": nodes["int8"],
                 "int8_kernels": dict(kernels),
-                "output_sqnr_db": round(float(10 * np.log10((outputs["float32"] ** 2).sum() / noise)), 1),
                 "size_mib": {form: round(path.stat().st_size / 2**20, 1) for form, path in paths.items()},
             }
             if nncf is not None and row.backend == "openvino":
                 peer = Path(folder) / f"{target}-nncf.xml"
                 quantize_with_nncf(nncf, paths["float32"], arrays, peer)
                 functions["nncf"] = runtime.load(peer, 1, {})
+            outputs = {form: next(iter(function(arrays).values())) for form, function in functions.items()}
+            exact = outputs.pop("float32")
+            results[target]["sqnr_db"] = {form: sqnr_db(exact, output) for form, output in outputs.items()}
             loaded.update({(target, form): function for form, function in functions.items()})
         times = interleaved(loaded, arrays, rounds, repeats)
     for target in targets:
         for clock in ("cpu_ms", "wall_ms"):
             medians = {form: float(np.median(taken[clock])) for (of, form), taken in times.items() if of == target}
             results[target][clock] = {form: round(value, 2) for form, value in medians.items()}
-            results[target][f"{clock.removesuffix('_ms')}_speedup"] = round(medians["float32"] / medians["int8"], 3)
+            clocked = clock.removesuffix("_ms")
+            results[target][f"{clocked}_speedup"] = round(medians["float32"] / medians["int8"], 3)
+            for other in ("int4", "nncf"):
+                if other in medians:
+                    results[target][f"{clocked}_speedup_{other}"] = round(medians["float32"] / medians[other], 3)
     return {
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "latent": [side, side],
         "prompt_tokens": PROMPT_TOKENS,
         "targets": results,
     }
+
+
+def sqnr_db(exact: np.ndarray, output: np.ndarray) -> float:
+    """The energy of the float output over that of the difference."""
+    return round(float(10 * np.log10((exact**2).sum() / ((exact - output) ** 2).sum())), 1)
 
 
 def quantize_with_nncf(python: str, graph: Path, arrays: Mapping[str, np.ndarray], out: Path) -> None:
@@ -222,6 +240,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--sides", nargs="+", type=int, help="of the latents; default each network's own")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=2, help="calls per round")
@@ -239,8 +258,11 @@ def main(words: Sequence[str] | None = None) -> None:
         "threads": 1,
         "rounds": options.rounds,
         "networks": {
-            name: measure(name, options.targets, options.rounds, options.repeats, options.nncf)
+            name if side is None else f"{name}, {side}x{side}": measure(
+                name, side, options.targets, options.rounds, options.repeats, options.nncf
+            )
             for name in options.networks
+            for side in options.sides or [None]
         },
     }
     for name, network in report["networks"].items():  # type: ignore[attr-defined]
@@ -251,7 +273,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 speedup = row[f"{clock}_speedup"]
                 columns.append(f"{clock} {times['float32']:7.1f} -> {times['int8']:6.1f} ms x{speedup:.2f}")
             size = f"{network['parameters'] / 1e6:.1f}M"
-            print(f"{name:6s} {size:6s} {target:16s} {'   '.join(columns)}   {row['output_sqnr_db']} dB")
+            print(f"{name:6s} {size:6s} {target:16s} {'   '.join(columns)}   {row['cpu_ms']} {row['sqnr_db']}")
     out = options.out or Path(__file__).parent / "results" / f"int8_speed-{today}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n")
