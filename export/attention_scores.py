@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -40,5 +41,7 @@ class AttentionScores:
         node = self._producer.get(tensor)
         if node is None or node.op_type != "Mul":
             return 1.0
-        constants = [numpy_helper.to_array(self._constants[name]) for name in node.input if name in self._constants]
-        return float(constants[0].item()) if constants and constants[0].size == 1 else 1.0
+        constants = [self._constants[name] for name in node.input if name in self._constants]
+        if not constants or math.prod(constants[0].dims) != 1:
+            return 1.0
+        return float(numpy_helper.to_array(constants[0]).item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +19,25 @@ class Emitter:
         model: whose graph is rewritten, by `finish`.
         constants: initializers by name, the old ones and the new.
         nodes: the new ones, in order.
+
+    Args:
+        model: its graph is rewritten.
+        folder: where the weights lie that the graph only refers to.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, folder: Path | None = None) -> None:
         self.model = model
+        self._folder = folder
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.nodes: list[onnx.NodeProto] = []
         self._taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
         self._uses: defaultdict[str, int] = defaultdict(int)
+
+    def array(self, name: str) -> np.ndarray:
+        """The values of an initializer."""
+        from onnx import numpy_helper
+
+        return numpy_helper.to_array(self.constants[name], str(self._folder or ""))
 
     def emit(self, kind: str, inputs: list[str], result: str, **attributes: Any) -> str:
         """Add a node with one output, which is returned."""

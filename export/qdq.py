@@ -6,6 +6,7 @@ import ast
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,7 +87,13 @@ class Lowered:
 
 
 def lower(
-    model: onnx.ModelProto, plan: QuantPlan, dialect: str, *, prefix: str = "denoiser.", partial: bool = False
+    model: onnx.ModelProto,
+    plan: QuantPlan,
+    dialect: str,
+    *,
+    prefix: str = "denoiser.",
+    partial: bool = False,
+    folder: Path | None = None,
 ) -> Lowered:
     """Rewrite the graph in place: each planned `Conv`, `MatMul`, `Gemm` reads u8 activations and s8 or s4 weights.
 
@@ -106,16 +113,19 @@ def lower(
         prefix: put before the plan's names to give the names in the metadata.
         partial: the graph is one segment of the part, so layers of the plan may be missing; the caller then compares
             the union over all segments with the plan.
+        folder: where the weights lie that the graph only refers to: those that are planned are read one at a time, and
+            the others in the end.
 
     Raises:
         LoweringError: an unknown dialect; a layer of the plan that is in the graph but has no constant weight, or
             another shape; a layer that is not in the graph at all (unless `partial`).
     """
-    from onnx import TensorProto, numpy_helper
+    from onnx import TensorProto
+    from onnx.external_data_helper import load_external_data_for_model
 
     if dialect not in DIALECTS:
         raise LoweringError(f"the dialect {dialect!r} is unknown; known are {', '.join(sorted(DIALECTS))}")
-    rewriter = _Rewriter(model, DIALECTS[dialect])
+    rewriter = _Rewriter(model, DIALECTS[dialect], folder)
     scores = AttentionScores(model.graph, rewriter.constants)
     result = Lowered()
     present: set[str] = set()
@@ -142,7 +152,7 @@ def lower(
         layer = plan.layers[name]
         if _OPS[node.op_type] != layer.op:
             raise LoweringError(f"layer {name!r} is planned as {layer.op} but is a {node.op_type} in the graph")
-        weight = numpy_helper.to_array(rewriter.constants[node.input[1]])
+        weight = rewriter.array(node.input[1])
         if rewriter.constants[node.input[1]].data_type != TensorProto.FLOAT:
             raise LoweringError(f"the weight of layer {name!r} is not float32 in the graph")
         rewriter.rewrite(node, name, layer, weight)
@@ -155,6 +165,8 @@ def lower(
         require_all(plan, [result], dialect)
     floats = _large_floats(model)
     rewriter.finish()
+    if folder is not None:
+        load_external_data_for_model(model, str(folder))
     if DIALECTS[dialect].gates and (gates := split_gates(model)):
         result.nodes["gate"] = gates
     if plan.storage == "float16":
@@ -196,8 +208,8 @@ def _scopes(node: onnx.NodeProto) -> list[str]:
 class _Rewriter(Emitter):
     """The new node list and initializers of one graph, with quantized layers in it."""
 
-    def __init__(self, model: onnx.ModelProto, dialect: Dialect) -> None:
-        super().__init__(model)
+    def __init__(self, model: onnx.ModelProto, dialect: Dialect, folder: Path | None) -> None:
+        super().__init__(model, folder)
         self.dialect = dialect
         self._transformed: dict[tuple[str, bytes, int], str] = {}
         self._dequantized: dict[tuple[str, Affine], str] = {}
@@ -359,13 +371,11 @@ class _Rewriter(Emitter):
 
     def _integer_bias(self, tensor: str, name: str, layer: LayerQuant, grid: Affine) -> str:
         """An int32 initializer with the accumulator's scale, and its DequantizeLinear."""
-        from onnx import numpy_helper
-
         if tensor not in self.constants:
             raise LoweringError(f"the bias of layer {name!r} is not constant in the graph")
         key = (tensor, name, "bias")
         if key not in self._weights:
-            bias = numpy_helper.to_array(self.constants[tensor]) if layer.bias is None else layer.bias
+            bias = self.array(tensor) if layer.bias is None else layer.bias
             scale = np.broadcast_to(layer.weight.scale[:, 0], bias.shape).astype(np.float32) * np.float32(grid.scale)
             limits = np.iinfo(np.int32)
             rounded = np.round(bias.astype(np.float64) / scale)

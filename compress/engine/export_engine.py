@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,12 +31,14 @@ from export.target import Target
 from export.to_onnx import OPSET, export_module, strip_metadata
 from export.tokenizer import FILE as TOKENIZER_FILE
 from export.weights import FILE as POOL_FILE
-from export.weights import write_pool
+from export.weights import PoolWriter, write_graph, write_pool
 
 if TYPE_CHECKING:
     import onnx
 
     from compress.model.latent_diffusion import LatentDiffusion
+
+_GRAPH = "graph.onnx"
 
 Sizes = tuple[int, int, int]
 """Least, best and greatest."""
@@ -122,21 +125,14 @@ def export_engine(
     pools: dict[str, dict[str, onnx.ModelProto]] = {}
     for done, job in enumerate(jobs):
         progress("export", done, len(jobs))
-        written = _float_graph(job, store)
-        for dialect in dialects:
-            quantized = job.part in model.quant_plans
-            own = quantized and _computes(model.quant_plans[job.part], dialects)
-            if dialect != dialects[0] and not own:
-                graphs[dialect][job.function] = graphs[dialects[0]][job.function]
-                continue
-            graph = type(written)()
-            graph.CopyFrom(written)
-            if quantized:
-                lowered[job.function, dialect] = _lower(graph, model, job, dialect)
-            strip_metadata(graph)
+        for dialect, (graph, how) in _exported(model, job, dialects, store).items():
             name = job.file if dialect == dialects[0] else f"{job.file}.{dialect}"
             pools.setdefault(job.folder, {})[name] = graph
             graphs[dialect][job.function] = f"{job.folder}/{name}.onnx"
+            if how is not None:
+                lowered[job.function, dialect] = how
+        for dialect in dialects:
+            graphs[dialect].setdefault(job.function, graphs[dialects[0]][job.function])
     progress("export", len(jobs), len(jobs))
     _require_all_lowered(model, jobs, lowered)
     for name, models in pools.items():
@@ -293,18 +289,35 @@ def _axes(
     return axes
 
 
-def _float_graph(job: _Job, store: Store | None) -> onnx.ModelProto:
-    """The function in float, from the store where it was exported before."""
-    import onnx
+def _exported(
+    model: LatentDiffusion, job: _Job, dialects: Sequence[str], store: Store | None
+) -> dict[str, tuple[onnx.ModelProto, Lowered | None]]:
+    """Dialect -> the graph of one function, and how it was lowered; the first one alone where none differs from it.
 
-    def export() -> onnx.ModelProto:
-        try:
-            return export_module(job.module, job.example, job.axes, job.outputs, job.check, name=job.function)
-        except ExportError as error:
-            raise PassError(str(error)) from error
+    The weights go to the disk as the graph is exported, and those that are quantized come back one at a time.
+    """
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_model
+
+    plan = model.quant_plans.get(job.part)
+    differing = dialects if plan is not None and _computes(plan, dialects) else dialects[:1]
+
+    def lower_all(folder: Path) -> dict[str, tuple[onnx.ModelProto, Lowered | None]]:
+        found: dict[str, tuple[onnx.ModelProto, Lowered | None]] = {}
+        for dialect in differing:
+            graph, how = onnx.load(folder / _GRAPH, load_external_data=False), None
+            if plan is None:
+                load_external_data_for_model(graph, str(folder))
+            else:
+                how = _lower(graph, plan, job, dialect, folder)
+            strip_metadata(graph)
+            found[dialect] = graph, how
+        return found
 
     if store is None:
-        return export()
+        with tempfile.TemporaryDirectory() as folder:
+            _write_float_graph(job, Path(folder))
+            return lower_all(Path(folder))
     inputs = {
         "what": "float graph",
         "module": type(job.module).__name__,
@@ -315,15 +328,18 @@ def _float_graph(job: _Job, store: Store | None) -> onnx.ModelProto:
         "axes": {name: {str(d): axis for d, axis in axes.items()} for name, axes in job.axes.items()},
         "opset": OPSET,
     }
-    return store.fetch(
-        inputs,
-        lambda folder: _keep(export(), folder),
-        lambda folder: onnx.load(folder / "graph.onnx"),
-    )
+    return store.fetch(inputs, lambda folder: _write_float_graph(job, folder), lower_all)
 
 
-def _keep(graph: onnx.ModelProto, folder: Path) -> None:
-    write_pool({"graph": graph}, folder)
+def _write_float_graph(job: _Job, folder: Path) -> None:
+    try:
+        with PoolWriter(folder) as pool:
+            graph = export_module(
+                job.module, job.example, job.axes, job.outputs, job.check, name=job.function, pool=pool
+            )
+            write_graph(graph, folder / _GRAPH)
+    except ExportError as error:
+        raise PassError(str(error)) from error
 
 
 def _content(component: nn.Module) -> str:
@@ -338,9 +354,9 @@ def _content(component: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _lower(graph: onnx.ModelProto, model: LatentDiffusion, job: _Job, dialect: str) -> Lowered:
+def _lower(graph: onnx.ModelProto, plan: QuantPlan, job: _Job, dialect: str, folder: Path) -> Lowered:
     try:
-        return lower(graph, model.quant_plans[job.part], dialect, prefix=f"{job.module.prefix}.", partial=True)
+        return lower(graph, plan, dialect, prefix=f"{job.module.prefix}.", partial=True, folder=folder)
     except LoweringError as error:
         raise PassError(f"{job.function}: {error}") from error
 
