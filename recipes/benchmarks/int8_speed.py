@@ -89,10 +89,18 @@ NETWORKS: dict[str, Callable[[], Any]] = {
 
 
 def quant_plan(
-    family: Family, module: Any, denoiser: Any, inputs: list[Mapping[str, torch.Tensor]], form: str = "int8-w8a8"
+    family: Family,
+    module: Any,
+    denoiser: Any,
+    inputs: list[Mapping[str, torch.Tensor]],
+    form: str = "int8-w8a8",
+    *,
+    everything: bool = False,
 ) -> QuantPlan:
     """What the pass `quantize` would plan, calibrated on random inputs: speed depends on no more than that they fit."""
     skip, modulation = set(family.sensitive(denoiser)), set(family.modulation(denoiser))
+    if everything:  # as NNCF does
+        skip, modulation = set(), set()
     layers = {
         name: layer
         for name, layer in denoiser.named_modules()
@@ -154,6 +162,7 @@ def measure(
         form: quant_plan(family, segment.module, denoiser, calibration, scheme)
         for form, scheme in (("int8", "int8-w8a8"), ("int4", "int4-w4a8"))
     }
+    plans["int8, everything"] = quant_plan(family, segment.module, denoiser, calibration, everything=True)
     graph = export_module(segment.module, example, axes, segment.outputs, check, name=name)
     arrays = {key: tensor.numpy() for key, tensor in calibration[0].items()}
     results: dict[str, Any] = {}
@@ -197,8 +206,8 @@ def measure(
             results[target][clock] = {form: round(value, 2) for form, value in medians.items()}
             clocked = clock.removesuffix("_ms")
             results[target][f"{clocked}_speedup"] = round(medians["float32"] / medians["int8"], 3)
-            for other in ("int4", "nncf"):
-                if other in medians:
+            for other in (*plans, "nncf"):
+                if other in medians and other != "int8":
                     results[target][f"{clocked}_speedup_{other}"] = round(medians["float32"] / medians[other], 3)
     return {
         "parameters": sum(p.numel() for p in denoiser.parameters()),
