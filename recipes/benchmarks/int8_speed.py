@@ -189,8 +189,9 @@ def measure(
             functions, refused = {}, {}
             for form, path in paths.items():
                 try:
-                    functions[form] = runtime.load(path, 1, {})
-                    functions[form](arrays)
+                    function = runtime.load(path, 1, {})
+                    function(arrays)
+                    functions[form] = function
                 except EngineError as error:  # OpenVINO 2026.4 cannot do some graphs whose layers all are in int8
                     refused[form] = str(error)
             results[target] = {
