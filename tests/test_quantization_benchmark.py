@@ -1,0 +1,79 @@
+"""What the quantization benchmarks say of their measurements: orders, gains at equal size, tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from compress.quantization.scheme import SCHEMES
+from recipes.benchmarks import tables
+from recipes.benchmarks.quantization import mixed
+from recipes.benchmarks.quantization.entries import ABLATED, KEY, METHODS, tasks
+
+
+def row(name: str, size: float, psnr: float, predicted: float, measured: float) -> dict[str, Any]:
+    quality = {"value": psnr, "interval": [psnr - 0.1, psnr + 0.1]}
+    return {
+        "name": name,
+        "size_ratio": size,
+        "latent_psnr_db": quality,
+        "predicted_error": predicted,
+        "measured_error": measured,
+    }
+
+
+ROWS = [
+    row("int4-w4a8", 0.14, 32.0, 50.0, 12.0),
+    row("int8-w8a8", 0.257, 36.0, 4.0, 3.0),
+    row("mixed, 0.140", 0.14, 44.0, 0.5, 0.6),
+    row("mixed, 0.200", 0.2, 43.5, 0.4, 0.7),
+    row("mixed, 0.257", 0.2571, 60.0, 0.1, 0.1),
+    row("shuffled 0, 0.140", 0.14, 39.0, 3.0, 2.0),
+]
+
+
+def test_gains_are_those_of_the_same_size_or_less() -> None:
+    found = mixed.summary(ROWS)
+    assert found["gain_db_at_equal_size"] == {"int4-w4a8": 12.0, "int8-w8a8": 8.0}
+    assert 0.8 < found["rank_correlation"] < 1.0
+    assert mixed.summary([ROWS[0], ROWS[1], ROWS[4]])["gain_db_at_equal_size"]["int4-w4a8"] is None
+
+
+def test_the_table_has_a_line_for_each_candidate() -> None:
+    study = {**mixed.summary(ROWS), "rows": ROWS}
+    report = {"samples": 64, "computed": "here", "models": {"unet": {"activations in 8 bits": study}}}
+    text = mixed.table(report)
+    for one in ROWS:
+        assert f"| {one['name']} | {one['size_ratio']:.3f} |" in text
+    assert "+12.00 dB" in text
+    assert "simulated" in text
+
+
+def test_classes_hold_every_format_of_their_kind_once() -> None:
+    tops = [top for top, _ in mixed.CLASSES.values()]
+    assert tops == ["int8-w8a8-token", "int8-w8a32"]
+    held = [name for _, formats in mixed.CLASSES.values() for name in formats]
+    assert len(held) == len(set(held))
+    assert set(held) == {name for name, one in SCHEMES.items() if one.is_quantized and one.activation.bits != 4}
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_every_rung_is_measured_once_with_a_seed(together: bool) -> None:
+    found = list(tasks([0, 1, 2], together))
+    assert len(found) == len(set(found))
+    told = {(entry.scheme, entry.method) for _, entry in found}
+    assert {(scheme, method) for scheme in ABLATED for method in METHODS} <= told
+    for seed in (0, 1, 2):
+        assert set(KEY) <= {(entry.scheme, entry.method) for at, entry in found if at == seed}
+    slow = ["finetune" in entry.method for _, entry in found]
+    assert slow == sorted(slow, reverse=together)
+
+
+def test_the_int8_table_tells_every_form_and_what_is_missing() -> None:
+    times = {"float32": 100.0, "int8": 25.0, "int4": 20.0, "nncf": 40.0}
+    target = {"cpu_ms": times}
+    network = {"parameters": 45.7e6, "latent": [64, 64], "targets": {"openvino-cpu": target}}
+    text = tables.int8_table({"networks": {"unet, 64x64": network}})
+    line = "| UNet, random weights, 64x64 latents | 45.7 M | openvino | 100.0 | 25.0 | 4.00x | 5.00x |  | 2.50x |"
+    assert line in text
