@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class Study:
         model.quant_plans["denoiser"] = without_outputs(model.quant_plans["denoiser"])
         return model
 
-    def candidates(self) -> Iterator[tuple[str, dict[str, str]]]:
+    def candidates(self) -> Iterator[tuple[str, Callable[[], dict[str, str] | None]]]:
         """Name -> formats: the uniform ones, the best of their sizes and of smaller ones, and some that are not."""
         _, found = self.prepared()
         uniform = {
@@ -111,15 +112,15 @@ class Study:
             for scheme in self.formats
             if any(scheme == option.scheme for own in found.options.values() for option in own)
         }
-        yield from uniform.items()
+        for scheme, schemes in uniform.items():
+            yield scheme, functools.partial(dict, schemes)
         sizes = list[int]()
         for size in sorted(self.size(schemes) for schemes in uniform.values()):
             if not sizes or size > NEAR * sizes[-1]:
                 sizes.append(size)
         four = next(size for size in sizes if size / self.before > 0.13)
         for size in (*(int(share * sizes[0]) for share in LESS), *sizes):
-            if schemes := self.mixed(size):
-                yield f"mixed, {size / self.before:.3f}", schemes
+            yield f"mixed, {size / self.before:.3f}", functools.partial(self.mixed, size)
         random = np.random.default_rng(0)
         for size in (four, sizes[-1] * 3 // 4):
             for at in range(SHUFFLED):
@@ -130,16 +131,17 @@ class Study:
                     ]
                     for name, own in found.options.items()
                 }
-                schemes = Prospects(changed, None).within(size - self.fixed)
-                if schemes:
-                    yield f"shuffled {at}, {size / self.before:.3f}", schemes
+                shuffled = functools.partial(Prospects(changed, None).within, size - self.fixed)
+                yield f"shuffled {at}, {size / self.before:.3f}", shuffled
 
-    def measure(self, label: str, schemes: Mapping[str, str]) -> dict[str, Any]:
-        """Size, predicted error and quality of one candidate; kept."""
+    def measure(self, label: str, chosen: Callable[[], dict[str, str] | None]) -> dict[str, Any] | None:
+        """Size, predicted error and quality of one candidate, kept; None where nothing is so small."""
         file = self.folder / f"{label}.json"
         if file.exists():
             return dict(json.loads(file.read_bytes()))
-        _, found = self.prepared()
+        schemes, (_, found) = chosen(), self.prepared()
+        if schemes is None:
+            return None
         model = self.quantized(decided(self.edits, schemes, found))
         latents = self.ladder.bench.latents(model.runtime())
         exact = self.ladder.full(self.name)["latents"]
@@ -226,7 +228,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for name in told.models:
         for kind in CLASSES:
             study = Study(ladder, name, kind, told.build / "mixed")
-            rows = [study.measure(label, schemes) for label, schemes in study.candidates()]
+            rows = [row for label, chosen in study.candidates() if (row := study.measure(label, chosen)) is not None]
             models.setdefault(name, {})[kind] = {**summary(rows), "rows": rows}
     today = datetime.date.today().isoformat()
     report = {
