@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compress.quantization.scheme import SCHEMES
 from recipes.benchmarks import tables
-from recipes.benchmarks.quantization import mixed
+from recipes.benchmarks.quantization import mixed, report
 from recipes.benchmarks.quantization.entries import ABLATED, KEY, METHODS, tasks
 
 
@@ -42,8 +44,8 @@ def test_gains_are_those_of_the_same_size_or_less() -> None:
 
 def test_the_table_has_a_line_for_each_candidate() -> None:
     study = {**mixed.summary(ROWS), "rows": ROWS}
-    report = {"samples": 64, "computed": "here", "models": {"unet": {"activations in 8 bits": study}}}
-    text = mixed.table(report)
+    told = {"samples": 64, "computed": "here", "models": {"unet": {"activations in 8 bits": study}}}
+    text = mixed.table(told)
     for one in ROWS:
         assert f"| {one['name']} | {one['size_ratio']:.3f} |" in text
     assert "+12.00 dB" in text
@@ -68,6 +70,25 @@ def test_every_rung_is_measured_once_with_a_seed(together: bool) -> None:
         assert set(KEY) <= {(entry.scheme, entry.method) for at, entry in found if at == seed}
     slow = ["finetune" in entry.method for _, entry in found]
     assert slow == sorted(slow, reverse=together)
+
+
+def test_the_ladder_is_told_in_the_order_of_its_rungs(tmp_path: Path) -> None:
+    quality = {"value": 30.0, "interval": [29.0, 31.0]}
+    for seed, scheme, method in (
+        (0, "nvfp4", "nearest"),
+        (0, "int8-w8a8", "ranges, bias"),
+        (1, "int8-w8a8", "ranges, bias"),
+    ):
+        one = {"model": "unet", "seed": seed, "scheme": scheme, "method": method, "samples": 512, "computed": "here"}
+        one |= {"bytes": 1, "float_bytes": 4, "latent_psnr_db": quality, "image_psnr_db": quality}
+        one |= {"attributes": {"value": 1.0}, "change_points": {"value": 0.0, "interval": [0.0, 0.0]}}
+        (tmp_path / f"{seed} {scheme}.json").write_text(json.dumps(one))
+    rows = report.rows_of(tmp_path)
+    assert [(row["scheme"], row["seed"]) for row in rows] == [("int8-w8a8", 0), ("int8-w8a8", 1), ("nvfp4", 0)]
+    lines = [line for line in report.document(rows).splitlines() if line.startswith(("| int8", "| nvfp4"))]
+    assert lines[0].startswith("| int8-w8a8 | ranges, bias | 0.250 | 30.00 (29.00 to 31.00) | 30.0 | - | 100.00 | ")
+    assert lines[0].endswith("| 2: 30.0 to 30.0 dB |")
+    assert len(lines) == 2
 
 
 def test_the_int8_table_tells_every_form_and_what_is_missing() -> None:

@@ -24,7 +24,7 @@ HEAD = (
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Every kept result, in the order of the rungs."""
-    order = {str(entry): at for at, (_, entry) in enumerate(tasks([0]))}
+    order = {str(entry): at for at, (_, entry) in enumerate(tasks([0], together=False))}
     found = [json.loads(file.read_bytes()) for file in sorted(folder.rglob("*.json"))]
     return sorted(found, key=lambda row: (row["model"], order.get(_name(row), len(order)), _name(row), row["seed"]))
 
