@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compress.quantization.scheme import SCHEMES
-from recipes.benchmarks import tables
+from recipes.benchmarks import tables, workers
 from recipes.benchmarks.quantization import mixed, report
 from recipes.benchmarks.quantization.entries import ABLATED, KEY, METHODS, tasks
 
@@ -98,3 +100,12 @@ def test_the_int8_table_tells_every_form_and_what_is_missing() -> None:
     text = tables.int8_table({"networks": {"unet, 64x64": network}})
     line = "| UNet, random weights, 64x64 latents | 45.7 M | openvino | 100.0 | 25.0 | 4.00x | 5.00x |  | 2.50x |"
     assert line in text
+
+
+def test_a_task_is_taken_once_and_none_after_the_end() -> None:
+    following = multiprocessing.get_context("spawn").Value("i", 0)
+    first = workers.taken("abc", following, time.time() + 60)
+    assert next(first) == (0, "a")
+    assert list(workers.taken("abc", following, time.time() + 60)) == [(1, "b"), (2, "c")]
+    assert list(first) == []
+    assert list(workers.taken("abc", multiprocessing.get_context("spawn").Value("i", 0), time.time() - 1)) == []

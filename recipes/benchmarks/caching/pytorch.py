@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 import traceback
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing_extensions import override
 
 from compress.model.latent_diffusion import LatentDiffusion
 from export.runtime import Runtime
-from recipes.benchmarks import caching_tables
+from recipes.benchmarks import caching_tables, workers
 from recipes.benchmarks.caching.__main__ import BUILD
 from recipes.benchmarks.caching.bench import Bench
 from recipes.benchmarks.caching.measure import measure
@@ -52,12 +51,7 @@ def work(told: Any, tasks: Sequence[Task], following: Any, ends: float) -> None:
     """Take task after task until none is left, or the time is over."""
     bench = opened(told.build, told.models, told.samples, told.device)
     print(f"loaded, {ends - time.time():.0f} s left", flush=True)
-    while time.time() < ends:
-        with following.get_lock():
-            at, following.value = following.value, following.value + 1
-        if at >= len(tasks):
-            return
-        run, entry = tasks[at]
+    for at, (run, entry) in workers.taken(tasks, following, ends):
         full = bench.kept.row(run, "full")
         while entry != "full" and full is None and time.time() < ends:
             time.sleep(0.1)
@@ -100,17 +94,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time for all")
     parser.add_argument("--build", type=Path, default=BUILD, help="what is kept on the way")
     told = parser.parse_args(words)
-    ends = time.time() + told.seconds
     tasks = ordered(list(runs(told.models, told.samplers, sorted(set(told.steps))[::-1])), told.only)
-    spawning = multiprocessing.get_context("spawn")
-    following = spawning.Value("i", 0)
-    workers = [spawning.Process(target=work, args=(told, tasks, following, ends)) for _ in range(told.workers)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(max(0.0, ends - time.time()) if told.seconds < float("inf") else None)
-    for worker in workers:
-        worker.kill()
+    workers.run(work, told, tasks)
 
 
 if __name__ == "__main__":

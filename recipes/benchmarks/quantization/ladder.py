@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
 import traceback
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from compress.errors import PassError, RefusedError
 from compress.model.latent_diffusion import LatentDiffusion
 from compress.passes.quantize import Quantize
 from export.quant_plan import QuantPlan
+from recipes.benchmarks import workers
 from recipes.benchmarks.caching.bench import ROOT, sampled
 from recipes.benchmarks.caching.measure import judged
 from recipes.benchmarks.caching.presets import SAMPLERS, Run
@@ -95,12 +95,7 @@ def work(told: Any, tasks: Sequence[tuple[str, int, Entry]], following: Any, end
     """Take task after task until none is left, or the time is over."""
     ladder = Ladder(opened(told.build, told.models, told.samples, told.device))
     print(f"loaded, {ends - time.time():.0f} s left", flush=True)
-    while time.time() < ends:
-        with following.get_lock():
-            at, following.value = following.value, following.value + 1
-        if at >= len(tasks):
-            return
-        name, seed, entry = tasks[at]
+    for at, (name, seed, entry) in workers.taken(tasks, following, ends):
         file = told.build / "results" / name / str(seed) / f"{entry}.json"
         if file.exists() and json.loads(file.read_bytes())["samples"] >= told.samples:
             continue
@@ -135,22 +130,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time for all")
     parser.add_argument("--build", type=Path, default=BUILD, help="what is kept on the way")
     told = parser.parse_args(words)
-    ends = time.time() + told.seconds
     wanted = [
         (name, seed, entry)
         for seed, entry in tasks(told.seeds, told.workers > 1)
         for name in told.models
         if told.only is None or entry.scheme in told.only
     ]
-    spawning = multiprocessing.get_context("spawn")
-    following = spawning.Value("i", 0)
-    workers = [spawning.Process(target=work, args=(told, wanted, following, ends)) for _ in range(told.workers)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(max(0.0, ends - time.time()) if told.seconds < float("inf") else None)
-    for worker in workers:
-        worker.kill()
+    workers.run(work, told, wanted)
 
 
 if __name__ == "__main__":
