@@ -81,15 +81,16 @@ def tasks(seeds: Sequence[int], together: bool) -> Iterator[tuple[int, Entry]]:
         seeds: the first one measures all rungs.
         together: many are measured at a time, so what takes longest comes first; otherwise it comes last.
     """
+    first = seeds[0]
     key = [(seed, Entry(*one)) for seed in seeds for one in KEY]
-    slow = [(seeds[0], Entry(scheme, method)) for scheme in ABLATED for method in METHODS if "finetune" in method]
+    own = [(first, Entry(scheme, method)) for scheme in ABLATED for method in METHODS]
+    slow = [(seed, entry) for seed, entry in own if "finetune" in entry.method]
     rest = [Entry(scheme, method) for scheme in EIGHT for method in ("nearest", "ranges, bias")]
     rest += [Entry(scheme, "gptq") for scheme in ("int8-w8a8", "fp8-w8a8")]
-    rest += [Entry(scheme, method) for scheme in ABLATED for method in METHODS]
     some = ("nearest", "ranges, bias", "gptq", "learned", "smooth, low rank, gptq")
     rest += [Entry(scheme, method) for scheme in (*MIXED, *FOUR) for method in some]
     rest += [Entry(scheme, method) for scheme in STORED for method in ("nearest", "gptq")]
-    own = [(seeds[0], entry) for entry in rest]
-    yield from dict.fromkeys(
-        [*slow, *key, *own] if together else [one for one in (*key, *own) if one not in slow] + slow
-    )
+    quick = [one for one in own if one not in slow]
+    ablation = [one for one in quick if one[1].scheme == ABLATED[0]]
+    most = [*key[: len(KEY)], *ablation, *key, *((first, entry) for entry in rest), *quick]
+    yield from dict.fromkeys([*slow, *most] if together else [*most, *slow])
