@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Layers = Mapping[str, Sequence[str]]
 """Part name -> names of the layers in its component."""
 
+Weights = Mapping[str, Sequence[float]]
+"""Layer of the denoiser -> how much each network call counts."""
+
 Watch = Callable[[str, str, nn.Module, Tensor, Tensor], None]
 """Called with (part, layer name, layer, input, output)."""
 
@@ -33,7 +36,7 @@ ROWS = 2048
 """Rows of inputs that are kept of each layer, from all its calls alike."""
 
 
-def run(floats: Runtime, context: PassContext, what: str) -> None:
+def run(floats: Runtime, context: PassContext, what: str, begun: Callable[[int], None] = lambda row: None) -> None:
     """Make one picture per calibration prompt.
 
     Every network call of the plan happens, for both halves of the guidance, so a layer sees the activations of all
@@ -43,6 +46,7 @@ def run(floats: Runtime, context: PassContext, what: str) -> None:
         floats: the uncompressed model bound to its own step plan.
         context: prompts, seed and size.
         what: is being done, for progress.
+        begun: is told every row of the plan that begins.
 
     Raises:
         RefusedError: there are no prompts.
@@ -58,6 +62,7 @@ def run(floats: Runtime, context: PassContext, what: str) -> None:
 
         def told(row: int, step: Step, _: Lags, __: Lags, done: int = rows * (first // context.batch)) -> Step:
             context.progress(what, done + row, rows * batches)
+            begun(row)
             return step
 
         latents = floats.sample(prompts, seeds, context.height, context.width, revise=told)
@@ -68,7 +73,7 @@ def run(floats: Runtime, context: PassContext, what: str) -> None:
 
 
 def observe(
-    model: LatentDiffusion, layers: Layers, context: PassContext, *, rows: int = ROWS
+    model: LatentDiffusion, layers: Layers, context: PassContext, *, rows: int = ROWS, weights: Weights | None = None
 ) -> dict[tuple[str, str], LayerStatistics]:
     """What the layers see along the calibration runs: (part, layer) -> its statistics.
 
@@ -80,6 +85,7 @@ def observe(
         layers: to watch.
         context: prompts, seed and size.
         rows: of the inputs of each layer to keep; 0 keeps histograms alone.
+        weights: how much the calls count; all alike unless given.
 
     Raises:
         PassError: a layer never ran, or an activation is not finite.
@@ -87,7 +93,7 @@ def observe(
 
     def make(folder: Path) -> None:
         with statistics.writing(folder) as file:
-            statistics.save(folder, _watched(model, layers, context, rows, file))
+            statistics.save(folder, _watched(model, layers, context, rows, weights or {}, file))
 
     if context.store is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -98,29 +104,36 @@ def observe(
         "model": model.state_hash(),
         "layers": {part: list(names) for part, names in layers.items()},
         "rows": rows,
+        "weights": {name: list(own) for name, own in (weights or {}).items()},
         "runs": [list(context.prompts), context.seed, context.height, context.width, context.batch],
     }
     return context.store.fetch(inputs, make, statistics.load)
 
 
 def _watched(
-    model: LatentDiffusion, layers: Layers, context: PassContext, rows: int, file: RowFile
+    model: LatentDiffusion, layers: Layers, context: PassContext, rows: int, weights: Weights, file: RowFile
 ) -> dict[tuple[str, str], LayerStatistics]:
     batches = -(-len(context.prompts) // context.batch)
     calls = 1 if model.step_plan is None else model.step_plan.network_calls
     seen: dict[tuple[str, str], Observed] = {}
+    row = 0
+
+    def begun(at: int) -> None:
+        nonlocal row
+        row = at
 
     def watch(part: str, name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         if (part, name) not in seen:
             times = batches * (calls if part == "denoiser" else 1)
             seen[part, name] = Observed(f"{part}.{name}", layer, -(-rows // times), file)
         try:
-            seen[part, name].update(x, y)
+            own = weights.get(name) if part == "denoiser" else None
+            seen[part, name].update(x, y, 1.0 if own is None else own[row])
         except PassError as error:
             raise PassError(f"{part}.{name}: {error}") from None
 
     with watching(model, layers, watch):
-        run(model.runtime(simulate=False), context, "calibrate")
+        run(model.runtime(simulate=False), context, "calibrate", begun)
     _all_ran(layers, set(seen))
     return dict(seen)
 

@@ -12,7 +12,6 @@ import torch
 from compress.quantization.allocation import allocate
 from compress.quantization.layer import Methods, channel_errors, quantized_layer
 from compress.quantization.scheme import Scheme
-from compress.sensitivity import sensitivities
 from export.quant_plan import LayerQuant, QuantPlan
 
 if TYPE_CHECKING:
@@ -97,6 +96,7 @@ def prospects(
     model: LatentDiffusion,
     formats: Mapping[str, Sequence[Scheme]],
     seen: Mapping[tuple[str, str], LayerStatistics],
+    weights: Mapping[str, torch.Tensor],
     observer: Methods,
     context: PassContext,
 ) -> Prospects:
@@ -106,10 +106,10 @@ def prospects(
         model: its denoiser is float and uncut.
         formats: layer of the denoiser -> formats it may have.
         seen: what calibration kept of them, with rows.
+        weights: of the same layers, see `compress.sensitivity`.
         observer: how scales are chosen; weights are rounded to the nearest, whatever is done in the end.
         context: of the pass.
     """
-    weights = sensitivities(model, formats, context)
     calls, batches = (
         1 if model.step_plan is None else model.step_plan.network_calls,
         -(-len(context.prompts) // context.batch),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 SAMPLES = 4
 """Calibration prompts that are run backwards."""
+POSITIONS = 2048
+"""Of latents that go back together: what is kept on the way there grows with them."""
 
 
 def sensitivities(model: LatentDiffusion, layers: Collection[str], context: PassContext) -> dict[str, Tensor]:
@@ -46,15 +49,24 @@ def sensitivities(model: LatentDiffusion, layers: Collection[str], context: Pass
     at = 0
     handles = [module.register_forward_hook(_watch(sums[name], lambda: at)) for name, module in modules.items()]
     latent = model.runtime(simulate=False).latent_input
+    batched = {key for key, axes in model.family.dynamic_axes().items() if axes.get(0) == "batch"}
+    together = max(1, POSITIONS // math.prod(shape[2:]))
     try:
         for at in reversed(range(len(calls))):
             wanted = back.halves(at)
-            inputs = {key: torch.from_numpy(value).to(device) for key, value in calls[at].items()}
-            inputs[latent].requires_grad_()
-            with torch.enable_grad():
-                output = part(**inputs)[0]
-                output.backward(wanted.to(output))
-            back.take(at, inputs[latent].grad.double().cpu())  # type: ignore[union-attr]
+            gradients = []
+            for first in range(0, len(wanted), together):
+                some = slice(first, first + together)
+                inputs = {
+                    key: torch.from_numpy(value[some] if key in batched else value).to(device)
+                    for key, value in calls[at].items()
+                }
+                inputs[latent].requires_grad_()
+                with torch.enable_grad():
+                    output = part(**inputs)[0]
+                    output.backward(wanted[some].to(output))
+                gradients.append(inputs[latent].grad.double().cpu())  # type: ignore[union-attr]
+            back.take(at, torch.cat(gradients))
             context.progress("find sensitive layers", len(calls) - at, len(calls))
     finally:
         for handle in handles:

@@ -79,7 +79,7 @@ def test_calibration_is_kept_and_used_again(
 def test_a_shortened_file_is_noticed(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     model = sampled(load(tiny_folder("unet")), 3)
     with statistics.writing(tmp_path) as file:
-        statistics.save(tmp_path, calibrate._watched(model, LAYERS, CONTEXT, 64, file))
+        statistics.save(tmp_path, calibrate._watched(model, LAYERS, CONTEXT, 64, {}, file))
     seen = statistics.load(tmp_path)
     whole = (tmp_path / "rows.bin").read_bytes()
     (tmp_path / "rows.bin").write_bytes(whole[: len(whole) // 2])

@@ -3,61 +3,40 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict
+from annotated_types import Ge, Le
 from typing_extensions import override
 
 from compress.errors import PassError, RecipeError, RefusedError
 from compress.mixed_precision import Budget, choose, formats_below, limit, limited, summary
 from compress.nearest import unknown
 from compress.passes.base import Edit, Pass, PassContext
-from compress.quantization.scheme import Scheme, scheme
+from compress.passes.quantize_layers import (
+    QK,
+    SKIP,
+    LayerRule,
+    in_float,
+    plan_part,
+    rows_of,
+    special,
+    storage_of,
+)
+from compress.quantization.scheme import Scheme, computed_in_float, scheme
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from compress.model.latent_diffusion import LatentDiffusion
     from compress.quantization.layer import Methods
     from compress.quantization.statistics import LayerStatistics
-    from export.quant_plan import AttentionQuant, LayerQuant, QuantPlan, Storage
+    from export.quant_plan import AttentionQuant, LayerQuant, QuantPlan
     from export.target import Target
 
     Made = dict[tuple[str, str, str], LayerQuant]
     """(part, layer, scheme) -> what became of it."""
-
-SKIP = "skip"
-STORE = "store "
-QK = "int8-qk"
-"""The scores of attention from 8-bit queries and keys; softmax and values stay in float."""
-
-_OWN = {"vae_decoder": r"^(decoder|post_quant_conv)\b", "vae_encoder": r"^(encoder|quant_conv)\b"}
-"""What belongs to a part where a component has two: the rest of the VAE is the other one's."""
-
-_SENSITIVE = {
-    "vae_decoder": r"^post_quant_conv$|^decoder\.conv_(in|out)$",
-    "vae_encoder": r"^quant_conv$|^encoder\.conv_(in|out)$",
-}
-"""Cheap layers whose error reaches every pixel; those of a denoiser are known to its family."""
-
-
-class LayerRule(BaseModel):
-    """A number format for some layers.
-
-    Attributes:
-        match: a shell pattern over `<part>.<module path>`, e.g. `denoiser.*.to_out.0`.
-        scheme: a number format with integer weights, or `none` to leave them in float.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    match: str
-    scheme: str
 
 
 @dataclass
@@ -89,6 +68,11 @@ class Quantize(Pass):
         finetune: steps in which layers that read the timestep, the quarter of the others with the largest errors, the
             scales of activations and the biases of the denoiser learn to give the float output (QuEST, Wang et al.
             2025, arXiv 2402.03666); 300 are a good start.
+        float_share: of the multiply-accumulates of the denoiser's layers with calibrated activations: as many may be
+            computed in float, with weights in few bits, where rounding their inputs costs most; a layer must be worth
+            it. To find them, the denoising run is differentiated once.
+        calls: how much each network call counts in calibration: `alike`; by the `sensitivity` of the result to errors
+            at that call; or whichever a `search` measures to be better on calibration noises.
         budget: of the denoiser: its schemes are then upper limits, and layers in which it costs least get fewer bits.
         formats: that a budget may choose from, beside the schemes; all that round activations alike and are as fast on
             every target, unless given.
@@ -113,6 +97,8 @@ class Quantize(Pass):
     rounding: Literal["nearest", "gptq", "learned"] = "nearest"
     bias_correction: bool = True
     finetune: Annotated[int, Ge(0)] = 0
+    float_share: Annotated[float, Ge(0.0), Le(1.0)] = 0.02
+    calls: Literal["alike", "sensitivity", "search"] = "alike"
     budget: Budget | None = None
     formats: tuple[str, ...] = ()
 
@@ -147,9 +133,12 @@ class Quantize(Pass):
             if part not in known:
                 raise RefusedError(f"quantize.parts: {unknown(part, 'a part of this model', known)}")
         matched: set[int] = set()
-        edits = [
-            edit for part, module in known.items() for edit in self._plan_part(model, part, module.component, matched)
-        ]
+        edits = list[Edit]()
+        for part, module in known.items():
+            own = special(model, part, module.component, self.sensitive, self.modulation)
+            found, rules = plan_part(part, module.component, self._part_scheme(part), own, self.layers)
+            edits += found
+            matched |= rules
         edits += self._plan_attention(model, targets)
         if self.budget is not None:
             edits = self._limited(edits, self.budget, targets)
@@ -163,39 +152,10 @@ class Quantize(Pass):
             raise RefusedError("quantize would change nothing: every layer of every part stays in float32")
         return edits
 
-    def _plan_part(self, model: LatentDiffusion, part: str, component: nn.Module, matched: set[int]) -> list[Edit]:
-        default = self._part_scheme(part)
-        special = self._special(model, part, component)
-        own = _OWN.get(part, "")
-        layers = {name: layer for name, layer in _layers(component).items() if re.search(own, name)}
-        width = scheme(_storage(default)).weight.bits / 8
-        edits = []
-        for name, layer in layers.items():
-            chosen, reason = default, f"{part} is {default.name}"
-            if default.is_quantized and name in special:
-                chosen, reason = special[name]
-            for i, rule in enumerate(self.layers):
-                if fnmatch.fnmatchcase(f"{part}.{name}", rule.match):
-                    chosen, reason = scheme(rule.scheme), f"layers[{i}] matches {rule.match!r}"
-                    matched.add(i)
-            if not _plain(layer):
-                chosen, reason = scheme("none"), "a convolution with groups, dilation or other padding than zeros"
-            weight: Tensor = layer.weight  # type: ignore[assignment]
-            numbers, channels = weight.numel(), weight.shape[0]
-            after = chosen.weight.bytes_of(channels, numbers // channels) if chosen.is_quantized else numbers * width
-            action = chosen.name if chosen.is_quantized else SKIP
-            edits.append(Edit(self.name, f"{part}.{name}", action, 4 * numbers, int(after), reason))
-        weights = {f"{name}.weight" for name in layers}
-        rest = [p for path, p in component.named_parameters() if re.search(own, path) and path not in weights]
-        before = 4 * sum(p.numel() for p in rest)
-        halved = sum(p.numel() for p in rest if p.ndim > 1 and width < 4)
-        action = f"{STORE}{_storage(default)}"
-        return [*edits, Edit(self.name, part, action, before, before - 2 * halved, "norms, biases, embeddings")]
-
     def _limited(self, edits: Sequence[Edit], budget: Budget, targets: Sequence[Target]) -> list[Edit]:
         """The edits, with upper limits where the budget has a choice."""
         named = {e.module for e in edits for rule in self.layers if fnmatch.fnmatchcase(e.module, rule.match)}
-        own = _rows(edits).get("denoiser", {})
+        own = rows_of(edits).get("denoiser", {})
         tops = {
             e.module: scheme(e.action) for e in own.values() if e.action not in (SKIP, QK) and e.module not in named
         }
@@ -231,50 +191,123 @@ class Quantize(Pass):
         reason = f"attention is {QK}" + (f" (on {', '.join(able)})" if able else "")
         return [Edit(self.name, f"denoiser.{name}", QK, 0, 0, reason) for name in attentions(model.denoiser)]
 
-    def _special(self, model: LatentDiffusion, part: str, component: nn.Module) -> dict[str, tuple[Scheme, str]]:
-        """Layer -> the scheme it gets whatever its part gets, and why."""
-        if part == "denoiser":
-            sensitive, modulation = model.family.sensitive(component), model.family.modulation(component)
-        else:
-            pattern = _SENSITIVE.get(part)
-            sensitive = [] if pattern is None else [name for name in _layers(component) if re.search(pattern, name)]
-            modulation = []
-        return {
-            **dict.fromkeys(sensitive, (scheme(self.sensitive), "sensitive: cheap, and its error is everywhere")),
-            **dict.fromkeys(modulation, (scheme(self.modulation), "modulation: one vector per picture")),
-        }
-
     @override
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
         from compress import calibrate
+        from compress.fidelity import Fidelity
+        from compress.float_layers import call_weights
 
-        attending = [name for name, edit in _rows(edits).get("denoiser", {}).items() if edit.action == QK]
+        attending = [name for name, edit in rows_of(edits).get("denoiser", {}).items() if edit.action == QK]
         attentions = calibrate.observe_attention(model, attending, context) if attending else {}
-        seen = self.observe(model, edits, context)
+        found = self._sensitivities(model, edits, context)
+        weights = {"alike": None, "sensitivity": call_weights(found)}
+        tried = list(weights) if self.calls == "search" and found else [self.calls]
+        fidelity = Fidelity(model, context)
+        best: tuple[float, LatentDiffusion] | None = None
+        for calls in tried:
+            made = model.clone(networks=False)
+            self._calibrated(made, edits, found, weights[calls], attentions, context)
+            made.provenance[-1] |= {"calls": calls}
+            reached = fidelity.psnr(made) if len(tried) > 1 else 0.0
+            if best is None or reached > best[0]:
+                best = reached, made
+        if best is not None:
+            model.quant_plans, model.provenance = best[1].quant_plans, best[1].provenance
+
+    def _calibrated(
+        self,
+        model: LatentDiffusion,
+        edits: Sequence[Edit],
+        sensitivities: Mapping[str, Tensor],
+        weights: Mapping[str, Sequence[float]] | None,
+        attentions: Mapping[str, AttentionQuant],
+        context: PassContext,
+    ) -> None:
+        """Calibrate with these weights of the network calls, decide what is open, and quantize."""
+        seen = self.observe(model, edits, context, weights)
         made: Made = {}
+        if self.float_share and sensitivities:
+            edits = self._floated(model, edits, seen, sensitivities, context, made)
         if self.budget is not None:
-            edits = self._within(self.budget, model, edits, seen, context, made)
+            edits = self._within(self.budget, model, edits, seen, sensitivities, context, made)
         self.quantize(model, edits, seen, context, attentions, made)
 
     def observe(
-        self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext
+        self,
+        model: LatentDiffusion,
+        edits: Sequence[Edit],
+        context: PassContext,
+        weights: Mapping[str, Sequence[float]] | None = None,
     ) -> dict[tuple[str, str], LayerStatistics]:
-        """What layers see in calibration, (part, layer) -> statistics: those that round their inputs.
+        """What layers see in calibration, (part, layer) -> statistics; see `calibrate.observe`."""
+        from compress import calibrate
+
+        watched = self._watched(edits)
+        kept = calibrate.ROWS if self.methods().looks_at_rows or self.budget is not None or self.float_share else 0
+        return calibrate.observe(model, watched, context, rows=kept, weights=weights) if any(watched.values()) else {}
+
+    def _watched(self, edits: Sequence[Edit]) -> dict[str, list[str]]:
+        """Part -> its layers that round their inputs.
 
         Those that are only stored in few bits are watched, too, where their weights are not rounded to the nearest.
         """
-        from compress import calibrate
-
-        methods, watched = self.methods(), dict[str, list[str]]()
-        for part, own in _rows(edits).items():
-            watched[part] = [
+        methods = self.methods()
+        return {
+            part: [
                 name
                 for name, edit in own.items()
                 if edit.action not in (SKIP, QK)
                 and (limit(edit) is not None or methods.needs_rows or scheme(edit.action).is_calibrated)
             ]
-        kept = calibrate.ROWS if methods.looks_at_rows or self.budget is not None else 0
-        return calibrate.observe(model, watched, context, rows=kept) if any(watched.values()) else {}
+            for part, own in rows_of(edits).items()
+        }
+
+    def _sensitivities(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> dict[str, Tensor]:
+        """Of the layers of the denoiser that are watched; none where nothing depends on them."""
+        from compress.sensitivity import sensitivities
+
+        wanted = self._watched(edits).get("denoiser", [])
+        static = bool(self._may_float(edits))
+        if self.budget is None and not (static and (self.float_share or self.calls != "alike")):
+            return {}
+        return sensitivities(model, wanted, context)
+
+    def _may_float(self, edits: Sequence[Edit]) -> dict[str, Scheme]:
+        """The layers of the denoiser that may be computed in float, and their schemes; not those of a rule."""
+        found = {}
+        for name, edit in rows_of(edits).get("denoiser", {}).items():
+            if edit.action in (SKIP, QK) or any(fnmatch.fnmatchcase(edit.module, r.match) for r in self.layers):
+                continue
+            row = limit(edit) or scheme(edit.action)
+            if row.is_static:
+                found[name] = row
+        return found
+
+    def _floated(
+        self,
+        model: LatentDiffusion,
+        edits: Sequence[Edit],
+        seen: Mapping[tuple[str, str], LayerStatistics],
+        sensitivities: Mapping[str, Tensor],
+        context: PassContext,
+        made: Made,
+    ) -> list[Edit]:
+        """The edits, with layers that are computed in float after all."""
+        from compress.float_layers import float_layers
+        from compress.quantization.layer import quantized_layer
+
+        rows, methods = self._may_float(edits), self.methods()
+        for name, row in rows.items():
+            layer, statistics = model.denoiser.get_submodule(name), seen["denoiser", name]
+            made["denoiser", name, row.name] = quantized_layer(layer, row, statistics, methods)
+            context.progress("quantize", len(made), len(rows))
+        layers = {name: made["denoiser", name, row.name] for name, row in rows.items()}
+        chosen = float_layers(model, layers, seen, sensitivities, self.float_share, context)
+        model.provenance.append({"pass": self.name, "computed_in_float": chosen})
+        return [
+            in_float(edit, rows[name]) if (name := edit.module.removeprefix("denoiser.")) in chosen else edit
+            for edit in edits
+        ]
 
     def quantize(
         self,
@@ -299,7 +332,7 @@ class Quantize(Pass):
         from compress.quantization.checks import check_inputs
         from compress.quantization.layer import quantized_layer
 
-        methods, rows, made = self.methods(), _rows(edits), {} if made is None else made
+        methods, rows, made = self.methods(), rows_of(edits), {} if made is None else made
         total = sum(edit.action not in (SKIP, QK) for own in rows.values() for edit in own.values())
         done = 0
         for part, own in rows.items():
@@ -308,11 +341,11 @@ class Quantize(Pass):
                 if edit.action in (SKIP, QK):
                     continue
                 key = part, name, edit.action
+                statistics = seen.get((part, name))
                 if key not in made:
-                    layer, statistics = component.get_submodule(name), seen.get((part, name))
-                    made[key] = quantized_layer(layer, scheme(edit.action), statistics, methods)
-                    if statistics is not None:
-                        check_inputs(edit.module, made[key], statistics)
+                    made[key] = quantized_layer(component.get_submodule(name), scheme(edit.action), statistics, methods)
+                if statistics is not None:
+                    check_inputs(edit.module, made[key], statistics)
                 layers[name] = made[key]
                 done += 1
                 context.progress("quantize", done, total)
@@ -330,26 +363,26 @@ class Quantize(Pass):
         model: LatentDiffusion,
         edits: Sequence[Edit],
         seen: Mapping[tuple[str, str], LayerStatistics],
+        sensitivities: Mapping[str, Tensor],
         context: PassContext,
         made: Made,
     ) -> list[Edit]:
         """The edits, with the schemes that the budget decides."""
-        from compress.measure.metrics import latent_peak, psnr_per_sample
+        from compress.fidelity import Fidelity
         from compress.prospects import prospects
 
         own = [edit for edit in edits if edit.module.partition(".")[0] == "denoiser"]
-        tops = {name: top for name, edit in _rows(own)["denoiser"].items() if (top := limit(edit)) is not None}
+        tops = {name: top for name, edit in rows_of(own)["denoiser"].items() if (top := limit(edit)) is not None}
         formats = {name: self.choices(top, context.targets) for name, top in tops.items()}
-        found = prospects(model, formats, seen, replace(self.methods(), rounding="nearest"), context)
+        methods = replace(self.methods(), rounding="nearest")
+        found = prospects(model, formats, seen, sensitivities, methods, context)
 
-        @functools.cache
-        def exact() -> np.ndarray:
-            return latents_of(model, context)
+        fidelity = Fidelity(model, context)
 
         def measure(tried: list[Edit]) -> float:
             other = model.clone(networks=False)
             self.quantize(other, tried, seen, context, {}, made)
-            return float(psnr_per_sample(exact(), latents_of(other, context), latent_peak(exact())).mean())
+            return fidelity.psnr(other)
 
         chosen = choose(own, budget, found, measure, context.progress)
         model.provenance.append({"pass": self.name, **summary(chosen, found)})
@@ -390,9 +423,9 @@ class Quantize(Pass):
         from export.quant_plan import QuantPlan, QuantPlanError
 
         default = self._part_scheme(part)
-        if not layers and _storage(default) == "float32":
+        if not layers and storage_of(default) == "float32":
             return None
-        plan = QuantPlan(layers, skipped, _storage(default), default.inference_precision, attentions)
+        plan = QuantPlan(layers, skipped, storage_of(default), default.inference_precision, attentions)
         try:
             plan.validate()
         except QuantPlanError as error:
@@ -403,11 +436,14 @@ class Quantize(Pass):
     def check(self, model: LatentDiffusion, edits: Sequence[Edit]) -> None:
         from compress.quantization.checks import check_layer
 
-        for part, own in _rows(edits).items():
+        for part, own in rows_of(edits).items():
             plan = model.quant_plans.get(part)
             found = {} if plan is None else plan.schemes
             wanted = {name: edit.action for name, edit in own.items() if edit.action != SKIP}
             wanted |= {name: found.get(name, "") for name, edit in own.items() if limit(edit) is not None}
+            if part == "denoiser" and self.float_share:
+                floats = {name: computed_in_float(row).name for name, row in self._may_float(edits).items()}
+                wanted |= {name: action for name, action in floats.items() if found.get(name) == action}
             if found != wanted:
                 differing = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
                 raise PassError(
@@ -424,46 +460,3 @@ class Quantize(Pass):
         if named is None and part == "vae_encoder" and scheme(self.scheme).is_calibrated:
             return scheme("int8-w8a32")
         return scheme(named or self.scheme)
-
-
-def latents_of(model: LatentDiffusion, context: PassContext) -> np.ndarray:
-    """One per calibration prompt."""
-    import numpy as np
-
-    runtime, found = model.runtime(), list[np.ndarray]()
-    for first in range(0, len(context.prompts), context.batch):
-        prompts = list(context.prompts[first : first + context.batch])
-        seeds = [context.seed + first + i for i in range(len(prompts))]
-        found.append(runtime.sample(prompts, seeds, context.height, context.width))
-    return np.concatenate(found)
-
-
-def _rows(edits: Sequence[Edit]) -> dict[str, dict[str, Edit]]:
-    """Part -> layer -> edit."""
-    rows: dict[str, dict[str, Edit]] = {}
-    for edit in edits:
-        part, _, name = edit.module.partition(".")
-        own = rows.setdefault(part, {})
-        if name:
-            own[name] = edit
-    return rows
-
-
-def _layers(component: nn.Module) -> dict[str, nn.Module]:
-    from torch import nn
-
-    return {name: layer for name, layer in component.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-
-
-def _plain(layer: nn.Module) -> bool:
-    """Whether a layer is linear, or a convolution of whole channels over neighbouring pixels with zeros around them."""
-    from torch import nn
-
-    if not isinstance(layer, nn.Conv2d):
-        return True
-    return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-
-
-def _storage(default: Scheme) -> Storage:
-    """How the float weights of a part under this scheme are stored."""
-    return "float32" if default.weight.dtype == "float32" else "float16"

@@ -137,6 +137,7 @@ class _Work:
         self.layer, self.op, self.scheme, self.seen, self.methods = layer, op, scheme, seen, methods
         self.weight: Tensor = layer.weight.detach().float().cpu()
         self.rows = seen.rows if methods.looks_at_rows else self.weight.new_zeros(0, self.weight[0].numel())
+        self.row_weights = seen.row_weights if len(self.rows) else self.weight.new_zeros(0)
         self.channels = self.weight.shape[1]
         self.taps = self.weight[0].numel() // self.channels
 
@@ -150,7 +151,7 @@ class _Work:
         if self.methods.smooth is not None and self.scheme.activation.is_scaled:
             quant = replace(quant, smooth=self._smoothing(quant))
         if self.methods.low_rank and self.methods.low_rank < min(self.weight.shape[0], self.rows.shape[1]) // 2:
-            moments = _moments(self.inputs(self.rows, quant))
+            moments = self._moments(self.inputs(self.rows, quant))
             rows = weight_of(self.weight, quant)
             branch = branch_of(rows, moments, self.methods.low_rank, self._nearest(moments))
             quant = replace(quant, low_rank=branch)
@@ -170,7 +171,7 @@ class _Work:
         heavy = heavy.clamp_min(1e-5)
         given = self.methods.smooth
         strengths = STRENGTHS if given == "search" or given is None else (given,)
-        few = self.rows[:: max(1, len(self.rows) // _TRIED)]
+        few = slice(None, None, max(1, len(self.rows) // _TRIED))
         best: tuple[float, np.ndarray] | None = None
         for strength in strengths:
             vector = active**strength / heavy ** (1.0 - strength)
@@ -183,14 +184,15 @@ class _Work:
             raise ValueError("no strength was tried")
         return best[1]
 
-    def _error(self, quant: LayerQuant, rows: Tensor) -> float:
+    def _error(self, quant: LayerQuant, few: slice) -> float:
         """The squared error of the output, rounded to the nearest with scales that reach the largest weight."""
-        inputs = self.inputs(rows, quant)
+        inputs = self.inputs(self.rows[few], quant)
         weights = weight_of(self.weight, quant)
         exact = inputs @ weights.T
         quant = replace(quant, input=self.input(quant))
         nearest = round_weight(weights, weight_grid(weights, self.scheme.weight))
-        return float((self.rounded(inputs, quant) @ nearest.T - exact).square().sum())
+        errors = (self.rounded(inputs, quant) @ nearest.T - exact).square().sum(1)
+        return float((errors * self.row_weights[few]).sum())
 
     def inputs(self, rows: Tensor, quant: LayerQuant) -> Tensor:
         """Rows as the quantized weight sees them, before rounding."""
@@ -211,7 +213,7 @@ class _Work:
             grid = weight_grid(rows, self.scheme.weight)
             return replace(grid, numbers=numbers_of(rows, grid)) if quant.transforms else grid
         inputs = self.inputs(self.rows, quant)
-        importance = inputs.square().mean(0) if self.methods.weights == "mse" else None
+        importance = (inputs.square() * self.row_weights[:, None]).mean(0) if self.methods.weights == "mse" else None
         grid = weight_grid(rows, self.scheme.weight, importance)
         if self.methods.rounding == "nearest":
             return replace(grid, numbers=numbers_of(rows, grid)) if quant.transforms else grid
@@ -221,7 +223,7 @@ class _Work:
         for first, last in _pieces(rows.shape[1], grid.group):
             groups = slice(first // grid.group, -(-last // grid.group)) if grid.group else slice(None)
             own = replace(grid, scale=grid.scale[:, groups])
-            pieces.append(method(rows[:, first:last], own, _moments(seen[:, first:last])))
+            pieces.append(method(rows[:, first:last], own, self._moments(seen[:, first:last])))
         return replace(grid, numbers=numbers_of(torch.cat(pieces, 1), grid))
 
     def input(self, quant: LayerQuant) -> Input | None:
@@ -233,14 +235,19 @@ class _Work:
             return Dynamic(form.dtype, form.group, form.stored)
         seen = self.seen.input
         if quant.smooth is not None or quant.rotation:
-            seen = Histogram()
-            seen.update(self.inputs(self.rows, quant))
+            seen, inputs = Histogram(), self.inputs(self.rows, quant)
+            for weight in self.row_weights.unique().tolist():
+                seen.update(inputs[self.row_weights == weight], weight)
         if form.dynamic:
             top = tensor_scale_of(max(-seen.low, seen.high), element(form.dtype))
             return Dynamic(form.dtype, form.group, form.stored, top)
         if not form.symmetric:
             return seen.grid(self.methods.observer, form.bits)
         return seen.scaled(self.methods.observer, form.elements)
+
+    def _moments(self, inputs: Tensor) -> Tensor:
+        """The mean outer product (columns, columns) of a number for each column and row."""
+        return inputs.T @ (inputs * self.row_weights[:, None]) / len(inputs)
 
     def bias(self, quant: LayerQuant) -> np.ndarray:
         """The bias with the mean error of the output, channel by channel.
@@ -251,7 +258,8 @@ class _Work:
         inputs = self.inputs(self.rows, quant)
         difference = inputs @ weight_of(self.weight, quant).T
         difference -= self.rounded(inputs, quant) @ round_weight(weight_of(self.weight, quant), quant.weight).T
-        corrected: Tensor = self.layer.bias.detach().float().cpu() + difference.mean(0)
+        mean = (difference * self.row_weights[:, None]).mean(0)
+        corrected: Tensor = self.layer.bias.detach().float().cpu() + mean
         return corrected.numpy()
 
 
@@ -262,8 +270,3 @@ def _pieces(columns: int, group: int) -> list[tuple[int, int]]:
     if group:
         size = -(-size // group) * group
     return [(first, min(first + size, columns)) for first in range(0, columns, size)]
-
-
-def _moments(inputs: Tensor) -> Tensor:
-    """The mean outer product (columns, columns)."""
-    return inputs.T @ inputs / len(inputs)

@@ -41,8 +41,12 @@ class Histogram:
         made.counts, made.limit, made.low, made.high = counts, limit, low, high
         return made
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, weight: float = 1.0) -> None:
         """Count the numbers of a float tensor of any shape.
+
+        Args:
+            x: to count.
+            weight: how much each of them counts.
 
         Raises:
             PassError: one of them is not finite.
@@ -59,7 +63,7 @@ class Histogram:
             self.counts = torch.zeros_like(self.counts)
             self.counts[HALF // 2 : HALF // 2 + HALF] = merged
             self.limit *= 2
-        self.counts += torch.histc(x.detach().float(), 2 * HALF, -self.limit, self.limit).cpu()
+        self.counts += weight * torch.histc(x.detach().float(), 2 * HALF, -self.limit, self.limit).double().cpu()
 
     def clipped(self, low: float, high: float) -> float:
         """What cutting off at `low` and `high` loses: its squared error, of the square of all seen."""

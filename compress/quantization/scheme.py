@@ -79,6 +79,11 @@ class Scheme:
         return self.weight.is_scaled
 
     @property
+    def is_static(self) -> bool:
+        """Whether the scales of activations are constants."""
+        return self.is_calibrated and not self.activation.dynamic
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether layers under this scheme round their activations."""
         return self.weight.is_scaled and self.activation.is_scaled
@@ -158,3 +163,9 @@ def scheme(name: str) -> Scheme:
     if name not in SCHEMES:
         raise RecipeError(unknown(name, "a scheme", SCHEMES))
     return SCHEMES[name]
+
+
+def computed_in_float(row: Scheme) -> Scheme:
+    """The scheme that stores weights as this one, or in 8 bits where there is none, and computes in float."""
+    alike = (one for one in SCHEMES.values() if one.weight == row.weight and one.activation == _F32)
+    return next(alike, SCHEMES["int8-w8a32"])

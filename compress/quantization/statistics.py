@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from compress.errors import PassError
 from compress.quantization.observers import Histogram
+
+_LEAST = 0.25
+"""Of the rows of a call that counts 1: calls that count more give more of them."""
 
 _ROWS, _LAYERS, _COUNTS = "rows.bin", "layers.json", "histograms.safetensors"
 
@@ -60,11 +64,15 @@ class LayerStatistics:
         input: a histogram of the input.
         output: of the output of a convolution; None of a linear layer.
         places: of its rows in the file, call by call.
+        weights: of the same calls: how much each of their rows counts.
+        positions: as many outputs of each channel it gave in all.
     """
 
     def __init__(self, file: RowFile, columns: int, input_: Histogram, output: Histogram | None) -> None:
         self.input, self.output = input_, output
         self.places: list[tuple[int, int]] = []
+        self.weights: list[float] = []
+        self.positions = 0
         self.columns = columns
         self._file = file
 
@@ -72,6 +80,13 @@ class LayerStatistics:
     def rows(self) -> Tensor:
         """Rows of the input at random places, as many of every call: float32 (rows, in_channels x kernel), on CPU."""
         return self._file.read(self.places, self.columns)
+
+    @property
+    def row_weights(self) -> Tensor:
+        """How much each of the rows counts, float32 (rows,); 1 on average."""
+        counts = torch.tensor([count for _, count in self.places])
+        weights = torch.tensor(self.weights).repeat_interleave(counts)
+        return weights / weights.mean()
 
     def calls_of_rows(self, calls: int, batches: int) -> Tensor:
         """Which network call each row is from, int64 (rows,).
@@ -90,7 +105,7 @@ class Observed(LayerStatistics):
     Args:
         name: of the layer, which chooses the places that are kept.
         layer: linear or convolution.
-        rows_a_call: to keep of each call.
+        rows_a_call: to keep of each call that counts 1.
         file: takes the rows.
     """
 
@@ -101,31 +116,33 @@ class Observed(LayerStatistics):
         self._rows_a_call = rows_a_call
         self._random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Take the input and output of one call."""
-        self.input.update(x)
+    def update(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
+        """Take the input and output of one call, and how much it counts."""
+        self.input.update(x, weight)
         if self.output is not None:
-            self.output.update(y)
+            self.output.update(y, weight)
+        positions = y.numel() // len(self._layer.weight)
+        self.positions += positions
         if self._rows_a_call:
-            self.places.append(self._file.append(self._sampled(x.detach()).cpu()))
+            rows = self._sampled(x.detach(), math.ceil(self._rows_a_call * max(weight, _LEAST))).cpu()
+            self.weights.append(weight * min(self._rows_a_call, positions) / len(rows))
+            self.places.append(self._file.append(rows))
 
-    def _sampled(self, x: Tensor) -> Tensor:
+    def _sampled(self, x: Tensor, most: int) -> Tensor:
         if not isinstance(self._layer, nn.Conv2d):
             rows = x.reshape(-1, x.shape[-1])
-            return rows[self._places(len(rows)).to(x.device)].float()
+            return rows[self._places(len(rows), most).to(x.device)].float()
         layer = self._layer
         padded = nn.functional.pad(x, layer._reversed_padding_repeated_twice)
         for axis in (0, 1):
             padded = padded.unfold(2 + axis, layer.kernel_size[axis], layer.stride[axis])
         samples, _, high, wide = padded.shape[:4]
-        at = self._places(samples * high * wide).to(x.device)
+        at = self._places(samples * high * wide, most).to(x.device)
         patches = padded[at // (high * wide), :, at // wide % high, at % wide]
         return patches.flatten(1).float()
 
-    def _places(self, count: int) -> Tensor:
-        if count <= self._rows_a_call:
-            return torch.arange(count)
-        return torch.randint(count, (self._rows_a_call,), generator=self._random)
+    def _places(self, count: int, most: int) -> Tensor:
+        return torch.arange(count) if count <= most else torch.randint(count, (most,), generator=self._random)
 
 
 Key = tuple[str, str]
@@ -146,7 +163,7 @@ def save(folder: Path, seen: Mapping[Key, LayerStatistics]) -> None:
         histograms = {"input": one.input} | ({} if one.output is None else {"output": one.output})
         bounds = {kind: [found.limit, found.low, found.high] for kind, found in histograms.items()}
         counts |= {f"{at}.{kind}": found.counts for kind, found in histograms.items()}
-        layers.append([part, name, one.columns, one.places, bounds])
+        layers.append([part, name, one.columns, one.places, one.weights, one.positions, bounds])
     (folder / _LAYERS).write_text(json.dumps(layers), encoding="utf-8")
     save_file(counts, folder / _COUNTS)
 
@@ -155,9 +172,11 @@ def load(folder: Path) -> dict[Key, LayerStatistics]:
     """What `save` wrote; the rows stay in their file, which is kept open."""
     counts, file = load_file(folder / _COUNTS), RowFile((folder / _ROWS).open("rb"))
     seen = {}
-    for at, (part, name, columns, places, bounds) in enumerate(json.loads((folder / _LAYERS).read_bytes())):
+    for at, layer in enumerate(json.loads((folder / _LAYERS).read_bytes())):
+        part, name, columns, places, weights, positions, bounds = layer
         histograms = {kind: Histogram.of(counts[f"{at}.{kind}"], *numbers) for kind, numbers in bounds.items()}
         one = LayerStatistics(file, columns, histograms["input"], histograms.get("output"))
         one.places = [(int(place), int(count)) for place, count in places]
+        one.weights, one.positions = weights, positions
         seen[part, name] = one
     return seen

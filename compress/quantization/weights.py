@@ -40,7 +40,7 @@ def weight_grid(rows: Tensor, form: NumberFormat, importance: Tensor | None = No
     best: tuple[float, WeightGrid] | None = None
     for kind in map(element, form.elements):
         top = tensor_scale_of(float(largest.max()), kind) if form.stored == "e4m3" else 1.0
-        scale = torch.empty_like(largest)
+        scale = torch.ones_like(largest)
         least = torch.full_like(largest, torch.inf)
         for share in shares:
             tried = scale_of(share * largest, kind, form.stored, top)

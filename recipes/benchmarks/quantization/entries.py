@@ -13,6 +13,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "nearest": NEAREST,
     "ranges": {"bias_correction": False},
     "ranges, bias": {},
+    "float layers": {"float_share": 0.02},
+    "float layers, gptq": {"float_share": 0.02, "rounding": "gptq"},
     "smooth": {"smooth": "search"},
     "rotate": {"rotate": True},
     "low rank": {"low_rank": 16},
@@ -27,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "smooth, low rank, gptq, finetune": {"smooth": "search", "low_rank": 16, "rounding": "gptq", "finetune": 300},
     "smooth, low rank, learned": {"smooth": "search", "low_rank": 16, "rounding": "learned"},
 }
-"""Name -> keys of the pass; those from `smooth` on also have fitted ranges and corrected biases."""
+"""Name -> keys of the pass; those from `float layers` on also have fitted ranges and corrected biases."""
 
 STORED = ("int8-w8a32", "int4-w4a32-g32", "int4-w4a32-g64", "int4-w4a32-g128", "nvfp4-w4a32")
 EIGHT = (
@@ -47,6 +49,8 @@ ABLATED = ("int4-w4a4-g64", "nvfp4", "int4-w4a8")
 """Schemes that are measured with every method."""
 
 KEY = (
+    *((scheme, "float layers") for scheme in ("int8-w8a8", "fp8-w8a8")),
+    *((scheme, "float layers, gptq") for scheme in ("int4-w4a8", "fp4-w4a8")),
     *((scheme, "ranges, bias") for scheme in ("int8-w8a8", "int8-w8a8-token", "fp8-w8a8", "mxfp8")),
     *((scheme, method) for scheme in ("int4-w4a8", "fp4-w4a8") for method in ("nearest", "gptq", "learned")),
     *(
@@ -71,7 +75,7 @@ class Entry:
     @property
     def fields(self) -> dict[str, Any]:
         """Keys of the pass: the denoiser alone is quantized."""
-        return {"scheme": "none", "parts": {"denoiser": self.scheme}, **METHODS[self.method]}
+        return {"scheme": "none", "parts": {"denoiser": self.scheme}, "float_share": 0.0, **METHODS[self.method]}
 
 
 def tasks(seeds: Sequence[int], together: bool) -> Iterator[tuple[int, Entry]]:

@@ -60,11 +60,14 @@ class Ladder:
         context = replace(self.bench.context, seed=seed * 1000)
         step = Quantize(**entry.fields)
         edits = step.plan(model, [])
-        if name not in self._seen or self._seen[name][0] != seed:
-            watching = Quantize(scheme="none", parts={"denoiser": "int8-w8a8"})
+        if not step.float_share and (name not in self._seen or self._seen[name][0] != seed):
+            watching = Quantize(scheme="none", parts={"denoiser": "int8-w8a8"}, float_share=0.0)
             self._seen[name] = seed, watching.observe(model, watching.plan(model, []), context)
         began = time.perf_counter()
-        step.quantize(model, edits, self._seen[name][1], context, {})
+        if step.float_share:
+            step.apply(model, edits, context)
+        else:
+            step.quantize(model, edits, self._seen[name][1], context, {})
         took = time.perf_counter() - began
         step.check(model, edits)
         model.quant_plans["denoiser"] = without_outputs(model.quant_plans["denoiser"])

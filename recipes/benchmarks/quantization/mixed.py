@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress.fidelity import Fidelity
 from compress.measure import metrics
 from compress.mixed_precision import Budget, choose, decided, limit
 from compress.model.latent_diffusion import LatentDiffusion
 from compress.passes.base import Edit
-from compress.passes.quantize import Quantize, latents_of
+from compress.passes.quantize import Quantize
 from compress.prospects import Option, Prospects, prospects, rank_correlation
 from compress.quantization.scheme import SCHEMES
+from compress.sensitivity import sensitivities
 from recipes.benchmarks import caching_tables
 from recipes.benchmarks.caching.presets import SAMPLERS
 from recipes.benchmarks.caching.pytorch import opened
@@ -53,6 +55,7 @@ class Study:
             parts={"denoiser": self.top},
             modulation="int8-w8a32",
             budget=Budget(size_ratio=0.5),
+            float_share=0.0,
             formats=(*self.formats, *STORED),
         )
         self.model = ladder.model(name)
@@ -71,7 +74,8 @@ class Study:
             formats = {name: self.step.choices(top, []) for name, top in self.tops.items()}
             methods = replace(self.step.methods(), rounding="nearest")
             began = time.perf_counter()
-            self._prepared = seen, prospects(self.model, formats, seen, methods, context)
+            weights = sensitivities(self.model, formats, context)
+            self._prepared = seen, prospects(self.model, formats, seen, weights, methods, context)
             print(f"{self.name}: predictions took {time.perf_counter() - began:.0f} s", flush=True)
         return self._prepared
 
@@ -85,11 +89,10 @@ class Study:
         if found.within(size - self.fixed) is None:
             return None
         context = self.ladder.bench.context
-        floats = latents_of(self.model, context)
+        fidelity = Fidelity(self.model, context)
 
         def measure(tried: list[Edit]) -> float:
-            made = latents_of(self.quantized(tried), context)
-            return float(metrics.psnr_per_sample(floats, made, metrics.latent_peak(floats)).mean())
+            return fidelity.psnr(self.quantized(tried))
 
         budget = Budget(size_ratio=(size + 0.5) / self.before)
         chosen = choose(self.edits, budget, found, measure, context.progress)
