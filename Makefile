@@ -6,12 +6,16 @@ BIN := $(VENV)/bin
 # What pip is asked for first, so that no other requirement chooses a build of PyTorch; `make demo TORCH=...` takes another.
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test check test-slow reference bench clean
+# Where Triton keeps what it has compiled.
+export TRITON_CACHE_DIR := $(CURDIR)/build/triton
+
+.PHONY: help demo test check test-slow kernels reference bench clean
 
 help:
 	@echo "make demo       install, compress the quickstart model, generate pictures, print where the report is"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  what takes minutes: kills and resumes, installs other packages to compare with"
+	@echo "make kernels    compile every Triton kernel for every architecture (minutes) and write kernels/machine_code.md"
 	@echo "make reference  retrain the reference models from nothing (hours; resumes)"
 	@echo "make bench      run the benchmark recipes and print the tables of README.md"
 	@echo "make clean      remove build/ and the environment"
@@ -26,7 +30,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/torch pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[openvino,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[openvino,gpu,dev]"
 	@touch $@ $(VENV)/demo
 
 # Fewer held-out prompts than the recipe asks for (512), and no other ways to be fast beside it, so that it takes minutes;
@@ -44,11 +48,14 @@ demo: $(VENV)/demo
 test check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy compress export
+	$(BIN)/mypy compress export kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
+
+kernels: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m kernels.matrix
 
 reference: $(VENV)/demo
 	$(BIN)/python -m recipes.reference.train

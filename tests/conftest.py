@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from compress.store import Store
+    from tests.interpreted import Interpreter
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,3 +56,15 @@ def tiny_engine(
     folder = tmp_path_factory.mktemp("engine") / "engine"
     tiny_engine.build(tiny_engine.tiny_model(tiny_folder("unet")), folder, engine_store)
     return folder
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    """The process of a test file in which Triton kernels are interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    from tests.interpreted import Interpreter
+
+    worker = Interpreter()
+    yield worker
+    worker.close()

@@ -1,0 +1,64 @@
+"""One launch of a kernel: its arguments, its grid, and the configuration chosen for an architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from kernels.language import Kernel
+
+Argument = torch.Tensor | int | float | bool | str | None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a kernel is cut into programs.
+
+    Attributes:
+        warps: of 32 threads, per program.
+        stages: of the software pipeline of its loop.
+        blocks: compile-time parameters of the kernel by name: tile sizes.
+    """
+
+    warps: int
+    stages: int = 1
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+
+Configurations = Mapping[str, Configuration]
+"""Architecture (or `interpreter`) -> configuration; `default` serves those that are not named."""
+
+
+def configuration_for(table: Configurations, architecture: str) -> Configuration:
+    """The row of a table for an architecture."""
+    return table[architecture if architecture in table else "default"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all it needs to run, or to be compiled for an architecture.
+
+    Attributes:
+        kernel: the Triton function.
+        grid: number of programs along each axis.
+        arguments: every parameter of the kernel by name, but for the blocks of the configuration. Compile-time
+            parameters are among them. Tensors on the `meta` device will do for compiling.
+        configuration: the blocks, warps and stages.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Argument]
+    configuration: Configuration
+
+    def run(self) -> None:
+        """Start the kernel on the current device."""
+        self.kernel[self.grid](
+            **self.arguments,
+            **self.configuration.blocks,
+            num_warps=self.configuration.warps,
+            num_stages=self.configuration.stages,
+            enable_fp_fusion=True,
+        )
