@@ -10,14 +10,14 @@ import torch
 from kernels.errors import KernelError
 from kernels.language import INTERPRETED, tl, triton
 
-VERSION = "3.9.0"
-"""The version of Triton whose internals are replaced."""
+VERSIONS = ("3.7.1", "3.9.0")
+"""The versions of Triton whose internals are replaced: that of PyTorch 2.13, and the newest."""
 
 
 def cure() -> None:
     """Replace what the interpreter does wrong, products and casts of bf16 and 8-bit floats, then check them.
 
-    Triton 3.9's interpreter truncates float32 to bf16 where a GPU rounds to the nearest even, is off in some casts
+    Triton's interpreter truncates float32 to bf16 where a GPU rounds to the nearest even, is off in some casts
     to 8-bit floats, multiplies bf16 operands as if their bits were integers, and makes integers of the truth of a
     number when a mask is combined with it. Casts to 8-bit floats saturate, as
     the GPU's instruction does. Arithmetic other than products on bf16 and 8-bit blocks stays wrong: kernels
@@ -29,8 +29,9 @@ def cure() -> None:
     """
     if not INTERPRETED:
         raise KernelError("nothing is interpreted: set TRITON_INTERPRET=1 before the first import of a kernel")
-    if triton.__version__ != VERSION:
-        raise KernelError(f"Triton {VERSION}'s interpreter can be cured, not {triton.__version__}'s; install that one")
+    if triton.__version__ not in VERSIONS:
+        known = " and ".join(VERSIONS)
+        raise KernelError(f"the interpreters of Triton {known} can be cured, not {triton.__version__}'s; install one")
     from triton.runtime import interpreter
 
     torch_types = {
