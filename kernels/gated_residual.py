@@ -1,0 +1,79 @@
+"""Gated residual: x + gate * y, with one gate per sample and channel, as the blocks of diffusion transformers end."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.dispatch import Mode
+from kernels.language import jit, tl
+from kernels.launch import Argument, Launch
+from kernels.machine_code import Case
+from kernels.quantize import kernel_architecture, load_rows, row_launch, store_rows
+
+
+def gated_residual(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, *, mode: Mode | None = None) -> torch.Tensor:
+    """Add a gated branch (adaLN-zero of Peebles and Xie 2022, arXiv 2212.09748).
+
+    Args:
+        x: (batch, tokens, channels).
+        gate: (batch, channels); its rows may lie apart, as those of a chunk do.
+        y: as x.
+        mode: see `kernels.dispatch.choose`.
+
+    Returns:
+        (batch, tokens, channels) in the type of x.
+    """
+    architecture = kernel_architecture("gated_residual", x, None, mode, y, gate[0])
+    if architecture is None:
+        return gated_residual_reference(x, gate, y)
+    out = torch.empty_like(x)
+    _launch(x, gate, y, out, architecture).run()
+    return out
+
+
+def gated_residual_reference(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The definition; the sum is taken in float32."""
+    return (x.float() + gate.float()[:, None] * y.float()).to(x.dtype)
+
+
+@jit
+def _gated_residual(
+    x: tl.tensor,
+    gate: tl.tensor,
+    y: tl.tensor,
+    gate_stride: tl.tensor,
+    tokens: tl.tensor,
+    out: tl.tensor,
+    out_scale: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    LIMIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    branch = load_rows(y, row, column, rows, channels, channels)
+    branch *= load_rows(gate, row // tokens, column, rows, channels, gate_stride)
+    values = load_rows(x, row, column, rows, channels, channels) + branch
+    store_rows(values, out, out_scale, row, column, rows, channels, LIMIT)
+
+
+def _launch(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, out: torch.Tensor, architecture: str) -> Launch:
+    arguments: dict[str, Argument] = {
+        "x": x,
+        "gate": gate,
+        "y": y,
+        "gate_stride": gate.stride(0),
+        "tokens": x.shape[1],
+    }
+    return row_launch(_gated_residual, arguments, out, None, None, architecture)
+
+
+def _case(architecture: str) -> Launch:
+    x, y = (torch.empty(2, 4096, 1536, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    gate = torch.empty(2, 6 * 1536, dtype=torch.bfloat16, device="meta").chunk(6, dim=1)[2]
+    return _launch(x, gate, y, torch.empty_like(x), architecture)
+
+
+CASES = {"gated-residual-bf16-1536": Case(_case)}
