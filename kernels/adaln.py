@@ -95,7 +95,7 @@ def _adaln(
     mean = tl.sum(values, 1) / channels
     centred = tl.where((column < channels)[None, :], values - mean[:, None], 0.0)
     spread = tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
-    sample = row // tokens
+    sample = tl.minimum(row, rows - 1) // tokens
     factor = 1.0 + load_rows(scale, sample, column, rows, channels, scale_stride)
     values = centred / spread[:, None] * factor + load_rows(shift, sample, column, rows, channels, shift_stride)
     store_rows(values, out, out_scale, row, column, rows, channels, LIMIT)

@@ -54,7 +54,7 @@ def _gated_residual(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     branch = load_rows(y, row, column, rows, channels, channels)
-    branch *= load_rows(gate, row // tokens, column, rows, channels, gate_stride)
+    branch *= load_rows(gate, tl.minimum(row, rows - 1) // tokens, column, rows, channels, gate_stride)
     values = load_rows(x, row, column, rows, channels, channels) + branch
     store_rows(values, out, out_scale, row, column, rows, channels, LIMIT)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -71,6 +72,45 @@ class Poisoned(TorchFunctionMode):
         for buffer, size in self._buffers:
             if not bool((buffer[:_BAND] == _POISON).all() and (buffer[_BAND + size :] == _POISON).all()):
                 raise InterpretedError(f"a kernel wrote outside an allocation of {size} bytes")
+
+
+def watch_addresses() -> None:
+    """Let the interpreter raise where a kernel loads or stores outside of the tensors of its launch."""
+    from triton.runtime import interpreter
+
+    from kernels.launch import Launch
+
+    builder, run = interpreter.InterpreterBuilder, Launch.run
+    load, store = builder.create_masked_load, builder.create_masked_store
+    starts, ends = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+
+    def watched_run(self: Launch) -> None:
+        nonlocal starts, ends
+        bounds = []
+        for tensor in self.arguments.values():
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+                bounds.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()))
+        starts, ends = (np.array(part, np.uint64) for part in zip(*sorted(bounds), strict=True))
+        run(self)
+
+    def check(what: str, pointers: Any, mask: Any) -> None:
+        at = pointers.data[mask.data]
+        tensor = np.searchsorted(starts, at, side="right").astype(np.int64) - 1
+        size = pointers.dtype.element_ty.primitive_bitwidth // 8
+        if (tensor < 0).any() or (at + np.uint64(size) > np.maximum.accumulate(ends)[tensor]).any():
+            raise InterpretedError(f"a kernel {what} outside of its tensors")
+
+    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check("loads", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("stores", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    Launch.run = watched_run  # type: ignore[method-assign]
+    builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
 
 
 class Interpreter:
@@ -159,6 +199,7 @@ def _serve(scratch: Path) -> None:
 
     torch.set_num_threads(1)
     cure()
+    watch_addresses()
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         file, name, operation, source, arguments = json.loads(line)

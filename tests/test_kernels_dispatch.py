@@ -109,20 +109,23 @@ def cured(op: ModuleType) -> float:
 
     from triton.runtime import interpreter
 
-    kept = interpreter.InterpreterBuilder, interpreter._convert_float
+    kept = dict(vars(interpreter))
     importlib.reload(interpreter)
     try:
         op.cure()
     finally:
-        interpreter.InterpreterBuilder, interpreter._convert_float = kept
+        vars(interpreter).update(kept)
     return 0.0
 
 
 def test_an_exception_and_a_write_outside_are_reported(interpreter: Interpreter) -> None:
     with pytest.raises(InterpretedError, match="ZeroDivisionError"):
         interpreter.run(divide, "probe")
+    for side in ("wide", "values"):
+        with pytest.raises(InterpretedError, match="outside of its tensors"):
+            interpreter.run(go_outside, "probe", side=side)
     with pytest.raises(InterpretedError, match="wrote outside an allocation of 64 bytes"):
-        interpreter.run(write_outside, "probe")
+        interpreter.run(write_past, "probe")
     with pytest.raises(InterpretedError, match="exit code 3"):
         interpreter.run(leave, "probe")
     assert interpreter.run(poison, "probe") == [True, True]
@@ -132,10 +135,15 @@ def divide(op: ModuleType) -> float:
     return 1 / 0
 
 
-def write_outside(op: ModuleType) -> None:
+def go_outside(op: ModuleType, side: str) -> None:
     launch, _, _ = op.cast_launch(torch.ones(64), torch.float16)
-    arguments = {**launch.arguments, "wide": torch.empty(16)}
+    arguments = {**launch.arguments, side: torch.empty(64)[:63]}
     op.Launch(launch.kernel, (1,), arguments, launch.configuration).run()
+
+
+def write_past(op: ModuleType) -> None:
+    made = torch.empty(16)
+    torch.as_strided(made, (1,), (1,), made.storage_offset() + 16).zero_()
 
 
 def leave(op: ModuleType) -> None:
