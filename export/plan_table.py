@@ -27,6 +27,7 @@ def plan_table(plan: StepPlan) -> StepTable:
         x=_window([step.x for step in steps], latents),
         m=_window([step.m for step in steps], outputs),
         noise=np.array([step.noise for step in steps]),
+        timestep=np.array([step.t for step in steps]),
         input_scale=np.array([step.input_scale for step in steps]),
         guidance_scale=np.array([np.nan if step.guidance == "none" else step.guidance_scale for step in steps]),
         initial=np.array([step.initial for step in steps]),

@@ -1,4 +1,4 @@
-"""One denoising step in one kernel: guidance, forecast, the linear update of any sampler, noise, and the next input.
+"""One denoising step in one kernel: guidance, forecast, the linear update of any sampler, noise, the next input.
 
     x[k+1] = sum_i x_i * x[k-i]  +  sum_j m_j * m[k-j]  +  noise * z[k]  +  initial * x[0]
 
@@ -43,6 +43,7 @@ class DenoisingState:
         noise: float32 (draws, samples, ...): the draws of all rows that need one.
         first: float32 (samples, ...): the first latent.
         network_input: (halves * samples, ...): the scaled latent in the network's type, once per guidance half.
+        timestep: float32 (1,): of the next network call.
         halves: 2 where the network's output holds the unconditional half, then the conditional one.
     """
 
@@ -56,6 +57,7 @@ class DenoisingState:
     noise: torch.Tensor
     first: torch.Tensor
     network_input: torch.Tensor
+    timestep: torch.Tensor
     halves: int
 
     def latent(self, row: int) -> torch.Tensor:
@@ -67,6 +69,7 @@ class DenoisingState:
         self.first.copy_(first)
         self.latents[0].copy_(first)
         self.progress.zero_()
+        self.timestep.fill_(self.table.first_timestep)
         scaled = (self.first * self.table.first_input_scale).to(self.network_input.dtype)
         self.network_input.view(self.halves, *first.shape).copy_(scaled.expand(self.halves, *first.shape))
 
@@ -106,6 +109,7 @@ def begin(
         noise=noise.float().contiguous(),
         first=buffer(*first.shape),
         network_input=buffer(halves * first.shape[0], *first.shape[1:], dtype=dtype),
+        timestep=buffer(1),
         halves=halves,
     )
     state.restart(first)
@@ -113,7 +117,7 @@ def begin(
 
 
 def denoise_step(state: DenoisingState, network_output: torch.Tensor, *, mode: Mode | None = None) -> None:
-    """Make one row's update in the buffers of a run, and the input of the next network call.
+    """Make one row's update in the buffers of a run, and the input and timestep of the next network call.
 
     Args:
         state: of the run; its next row is made.
@@ -143,7 +147,7 @@ def denoise_step_reference(state: DenoisingState, network_output: torch.Tensor) 
     table, row = state.table, int(state.progress[0])
     if row >= table.rows:
         return
-    scale, noise, initial, input_scale, *windows = table.coefficients[row].tolist()
+    scale, noise, initial, input_scale, timestep, *windows = table.coefficients[row].tolist()
     guided, draw, read, write = table.indices[row].tolist()
     x, m = windows[: table.latents], windows[table.latents : table.latents + table.outputs]
     forecast = windows[table.latents + table.outputs :]
@@ -173,6 +177,7 @@ def denoise_step_reference(state: DenoisingState, network_output: torch.Tensor) 
     state.latent(row + 1).copy_(total)
     scaled = (input_scale * total).to(state.network_input.dtype)
     state.network_input.view(state.halves, *total.shape).copy_(scaled.expand(state.halves, *total.shape))
+    state.timestep.fill_(timestep)
     state.progress[0] += 1
 
 
@@ -185,6 +190,7 @@ def _denoise_step(
     noise: tl.tensor,
     first: tl.tensor,
     network_input: tl.tensor,
+    timestep: tl.tensor,
     coefficients: tl.tensor,
     indices: tl.tensor,
     progress: tl.tensor,
@@ -260,8 +266,9 @@ def _denoise_step(
     tl.debug_barrier()
     finished = tl.atomic_add(progress + 1, 1)
     if finished == tl.num_programs(0) - 1:
+        tl.store(timestep, tl.load(numbers + 4))
         tl.store(progress + 1, 0)
-        tl.store(progress, tl.load(progress) + 1)
+        tl.store(progress, tl.minimum(tl.load(progress) + 1, rows))
 
 
 def _prepare(state: DenoisingState, network_output: torch.Tensor, architecture: str) -> Launch:
@@ -275,6 +282,7 @@ def _prepare(state: DenoisingState, network_output: torch.Tensor, architecture: 
         "noise": state.noise,
         "first": state.first,
         "network_input": state.network_input,
+        "timestep": state.timestep,
         "coefficients": state.coefficients,
         "indices": state.indices,
         "progress": state.progress,
@@ -300,6 +308,7 @@ def _launch(architecture: str, dtype: torch.dtype, outputs: int, forecasts: int)
         x=np.ones((rows, 1)),
         m=np.tril(np.ones((rows, outputs))),
         noise=np.ones(rows),
+        timestep=np.ones(rows),
         input_scale=np.ones(rows),
         guidance_scale=np.full(rows, 5.0),
         forecast=[(1.0,) * forecasts if row >= forecasts else () for row in range(rows)],

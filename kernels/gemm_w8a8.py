@@ -31,6 +31,9 @@ CONFIGURATIONS = {
     INTERPRETER: Configuration(warps=4, blocks={"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "BAND": 2}),
 }
 
+MOST_RANK = 128
+"""Both factors of the low-rank branch are one tile along the rank."""
+
 
 class LowRank(NamedTuple):
     """A 16-bit branch beside a product.
@@ -72,7 +75,11 @@ def gemm_w8a8(
     """
     kind = _kind(a, b)
     outputs, inputs = b.codes.shape
-    unfit = None if a.codes.is_contiguous() and b.codes.is_contiguous() else "an operand is not contiguous"
+    unfit = None
+    if not (a.codes.is_contiguous() and b.codes.is_contiguous()):
+        unfit = "an operand is not contiguous"
+    elif low_rank is not None and not _fits(low_rank):
+        unfit = f"the low-rank branch is not of one 16-bit type and a rank up to {MOST_RANK}"
     choice = choose(
         f"gemm_{kind}",
         a.codes.device,
@@ -117,6 +124,11 @@ def _kind(a: Quantized, b: Quantized) -> Kind:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (*a, *b))
         raise KernelError(f"activations, their scales, weights and their scales do not fit: {shapes}")
     return kinds[0]
+
+
+def _fits(low_rank: LowRank) -> bool:
+    one_type = low_rank.projected.dtype == low_rank.up.dtype and low_rank.up.dtype.itemsize == 2
+    return one_type and low_rank.up.shape[1] <= MOST_RANK
 
 
 def _vendor(a: Quantized, b: Quantized, bias: torch.Tensor | None) -> torch.Tensor:

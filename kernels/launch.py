@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -54,11 +55,13 @@ class Launch:
     configuration: Configuration
 
     def run(self) -> None:
-        """Start the kernel on the current device."""
-        self.kernel[self.grid](
-            **self.arguments,
-            **self.configuration.blocks,
-            num_warps=self.configuration.warps,
-            num_stages=self.configuration.stages,
-            enable_fp_fusion=True,
-        )
+        """Start the kernel on the device of its tensors, in the current stream there."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](
+                **self.arguments,
+                **self.configuration.blocks,
+                num_warps=self.configuration.warps,
+                num_stages=self.configuration.stages,
+                enable_fp_fusion=True,
+            )

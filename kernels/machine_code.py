@@ -44,11 +44,13 @@ class Case:
         launch: architecture -> what would be launched there, on tensors of the `meta` device.
         products: operand formats whose tensor-core instruction must be in the machine code.
         needs: number formats used otherwise (stored as fp8).
+        wide: whether there must be a load of 16 bytes; not where a program reads a few scattered numbers alone.
     """
 
     launch: Callable[[str], Launch]
     products: tuple[Format, ...] = ()
     needs: tuple[Format, ...] = ()
+    wide: bool = True
 
     def refusal(self, architecture: str) -> str | None:
         """Why this case has no machine code on an architecture; None where it has."""
@@ -88,7 +90,7 @@ class MachineCode:
             found.append(f"{self.registers} registers a thread, {most} are there")
         if self.shared_memory > row.shared_memory:
             found.append(f"{self.shared_memory} bytes of shared memory, {row.shared_memory} are there")
-        if not self.wide_loads:
+        if case.wide and not self.wide_loads:
             found.append("no 16-byte load")
         return found
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from kernels.errors import KernelError
 
-FIXED = 4
-"""Coefficients before those of the windows: guidance scale, noise, first latent, scale of the next network input."""
+FIXED = 5
+"""Numbers before the windows: guidance scale, noise, first latent, scale and timestep of the next network call."""
 
 INDICES = 4
 """Whole numbers of a row: guided, draw, entry read, entry written."""
@@ -21,14 +21,16 @@ class StepTable:
     """One sampler run as numbers.
 
     Attributes:
-        coefficients: float32 (rows, 4 + latents + outputs + forecasts): guidance scale, noise, first latent, input
-            scale of the next call, then by lag those of latents, of guided outputs and of kept network outputs.
+        coefficients: float32 (rows, 5 + latents + outputs + forecasts): guidance scale, noise, first latent, input
+            scale and timestep of the next call, then by lag those of latents, of guided outputs and of kept network
+            outputs.
         indices: int32 (rows, 4): 1 in a guided row; the number of its noise draw; the newest kept network output,
             from which this row's is forecast, or -1 where the network runs; where its output is kept, or -1.
         latents, outputs: how many latents and guided outputs the updates look back to, the current ones included.
         forecasts: how many network outputs are kept for forecasts.
         draws: how many noises all rows need.
         first_input_scale: what the first latent is multiplied by before the first call.
+        first_timestep: of the first call.
         initial: whether a row looks back to the first latent.
     """
 
@@ -39,6 +41,7 @@ class StepTable:
     forecasts: int
     draws: int
     first_input_scale: float
+    first_timestep: float
     initial: bool
 
     @property
@@ -51,6 +54,7 @@ def step_table(
     x: np.ndarray,
     m: np.ndarray,
     noise: np.ndarray,
+    timestep: np.ndarray,
     input_scale: np.ndarray,
     guidance_scale: np.ndarray,
     initial: np.ndarray | None = None,
@@ -63,6 +67,7 @@ def step_table(
         x: (rows, latents) coefficients by lag over latents.
         m: (rows, outputs) coefficients by lag over guided network outputs.
         noise: (rows,) coefficient of fresh noise; 0 draws none.
+        timestep: (rows,) that the network is called with.
         input_scale: (rows,) of the latent before each network call.
         guidance_scale: (rows,); NaN in rows without guidance.
         initial: (rows,) coefficient of the first latent; None is 0.
@@ -76,13 +81,14 @@ def step_table(
     rows = len(x)
     initial = np.zeros(rows) if initial is None else initial
     forecast, keep = forecast or [()] * rows, keep or [False] * rows
-    if not rows or {len(part) for part in (m, noise, input_scale, guidance_scale, initial, forecast, keep)} != {rows}:
+    parts = (m, noise, timestep, input_scale, guidance_scale, initial, forecast, keep)
+    if not rows or {len(part) for part in parts} != {rows}:
         raise KernelError("a step table needs at least one row, and every coefficient for each")
     history = max(len(row) for row in forecast)
     guided = ~np.isnan(guidance_scale)
-    following = np.append(input_scale[1:], 1.0)
+    following = np.append(input_scale[1:], 1.0), np.append(timestep[1:], 0.0)
     padded = np.array([[*row, *[0.0] * (history - len(row))] for row in forecast]).reshape(rows, history)
-    fixed = np.stack([np.where(guided, guidance_scale, 1.0), noise, initial, following], axis=1)
+    fixed = np.stack([np.where(guided, guidance_scale, 1.0), noise, initial, *following], axis=1)
     coefficients = np.concatenate([fixed, x, m, padded], axis=1).astype(np.float32)
     if not np.isfinite(coefficients).all():
         raise KernelError("a step table holds a coefficient that is not finite")
@@ -99,6 +105,7 @@ def step_table(
         forecasts=history,
         draws=int((noise != 0).sum()),
         first_input_scale=float(input_scale[0]),
+        first_timestep=float(timestep[0]),
         initial=bool(np.any(initial)),
     )
 

@@ -69,6 +69,7 @@ def run(op: ModuleType, table: StepTable, outputs: torch.Tensor, dtype: torch.dt
         op.denoise_step(state, guarded(output.to(dtype)), mode=mode)
         after.append(state.latent(row + 1).clone())
         following = (float(table.coefficients[row][3]) * after[-1]).to(dtype)
+        assert float(state.timestep) == float(table.coefficients[row][4])
         assert torch.equal(state.network_input.view(state.halves, *SHAPE), torch.stack([following] * state.halves))
     assert state.progress.tolist() == [table.rows, 0]
     return torch.stack(after)
@@ -123,6 +124,7 @@ def test_the_kernel_agrees_with_float64(interpreter: Interpreter, dtype: str) ->
         ("scaled = (tl.load(numbers + 3) * total)", "scaled = total"),
         ("if finished == tl.num_programs(0) - 1:", "if finished == 0:"),
         ("tl.store(progress + 1, 0)", "tl.store(progress + 1, 1)"),
+        ("tl.load(numbers + 4)", "tl.load(numbers + 3)"),
     ],
 )
 def test_a_broken_kernel_is_seen(interpreter: Interpreter, old: str, new: str) -> None:
@@ -151,8 +153,8 @@ def test_the_runtime_makes_the_same_latents() -> None:
     noises = np.stack([noise(row + 1, SHAPE) for row, step in enumerate(whole.steps) if step.noise])
     state = fused.begin(table, torch.from_numpy(noise(0, SHAPE)), torch.from_numpy(noises))
     both = torch.from_numpy(np.concatenate([uncond, cond]))
-    for step in whole.steps:
-        fused.denoise_step(state, network(state.network_input, step.t, both), mode="reference")
+    for _ in whole.steps:
+        fused.denoise_step(state, network(state.network_input, float(state.timestep), both), mode="reference")
     assert largest_error(state.latent(table.rows), torch.from_numpy(expected)) <= 1e-6
 
 
@@ -164,7 +166,7 @@ def test_a_finished_run_changes_nothing_and_can_be_begun_again(interpreter: Inte
 def replayed(op: ModuleType, mode: str) -> float:
     """The difference between two runs in the same buffers, the first made a row too many."""
     window = np.tril(np.full((3, 2), 0.5))
-    table = step_table(window, window, np.ones(3), np.ones(3), guidance_scale=np.full(3, np.nan))
+    table = step_table(window, window, np.ones(3), np.ones(3), np.ones(3), guidance_scale=np.full(3, np.nan))
     outputs = randn(3, *SHAPE, seed=2).float()
     first = randn(*SHAPE, seed=0).float()
     state = op.begin(table, first, randn(3, *SHAPE, seed=1))
@@ -173,6 +175,7 @@ def replayed(op: ModuleType, mode: str) -> float:
         state.restart(first)
         for output in (*outputs, outputs[0]):
             op.denoise_step(state, output, mode=mode)
+        assert state.progress.tolist() == [3, 0]
         results.append(state.latent(3).clone())
     return float((results[0] - results[1]).abs().max())
 
@@ -195,7 +198,7 @@ def test_what_a_table_cannot_hold_is_refused() -> None:
 def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
     numbers: dict[str, Any] = {
         **{name: np.ones((2, 1)) for name in ("x", "m")},
-        **{name: np.ones(2) for name in ("noise", "input_scale", "guidance_scale")},
+        **{name: np.ones(2) for name in ("noise", "timestep", "input_scale", "guidance_scale")},
     }
     table = step_table(**numbers)
     with pytest.raises(KernelError, match="every coefficient for each"):

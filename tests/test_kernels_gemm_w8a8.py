@@ -121,6 +121,17 @@ def test_int8_on_sm_100_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPa
     assert relative_error(op_file.gemm_w8a8(*given, dtype=torch.float32), in_float64(*given)) <= 1e-6
 
 
+def test_a_low_rank_branch_that_does_not_fit_says_why(interpreter: Interpreter) -> None:
+    told = "the low-rank branch is not of one 16-bit type and a rank up to 128"
+    assert interpreter.run(refusal, "gemm_w8a8", rank=129) == f"the Triton kernel of gemm_int8 cannot run: {told}"
+
+
+def refusal(op: ModuleType, rank: int) -> str:
+    with pytest.raises(KernelError) as caught:
+        op.gemm_w8a8(*operands(op, "int8", (3, 5, 7), biased=False, rank=rank), mode="triton")
+    return str(caught.value)
+
+
 def test_operands_that_do_not_fit_are_refused() -> None:
     a, b, _, _ = operands(op_file, "int8", (3, 5, 7), biased=False, rank=0)
     other, _, _, _ = operands(op_file, "fp8", (3, 5, 7), biased=False, rank=0)

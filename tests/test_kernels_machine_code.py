@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from dataclasses import asdict, replace
@@ -37,6 +38,17 @@ def test_machine_code_is_without_fault(name: str, architecture: str) -> None:
     assert not row.faults, str(row)
 
 
+@compiles
+def test_every_kernel_is_among_the_cases() -> None:
+    """A name with an underscore is launched; the others are called by kernels."""
+    looked_at = {case.launch("sm_90").kernel.__name__ for case in CASES.values()}
+    for path in matrix.FOLDER.glob("*.py"):
+        module = importlib.import_module(f"kernels.{path.stem}")
+        if module is not probe:
+            made = {name for name, value in vars(module).items() if type(value).__name__ == "JITFunction"}
+            assert {name for name in made if name.startswith("_")} <= looked_at
+
+
 def cast_launch(length: int, warps: int, offset: int = 0) -> Launch:
     """A kernel that keeps `length` values in registers."""
     values, wide = (torch.empty(length + offset, device="meta")[offset:] for _ in range(2))
@@ -53,6 +65,7 @@ def test_faults_are_found_in_real_machine_code() -> None:
     assert faults(cast_launch(1024, 4)) == ""
     assert "local memory" in faults(cast_launch(32768, 1))
     assert "no 16-byte load" in faults(cast_launch(1024, 4, offset=1))
+    assert faults(cast_launch(1024, 4, offset=1), wide=False) == ""
     assert "no HGMMA instruction" in faults(cast_launch(1024, 4), products=("float",))
 
 
