@@ -189,12 +189,12 @@ def _apply(
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < channels * pixels
     channel = at % channels if LAST else at // pixels
-    base = tl.program_id(0).to(tl.int64) * channels * pixels
+    base = tl.program_id(1).to(tl.int64) * channels * pixels
     values = tl.load(x + base + at, mask=inside, other=0.0).to(tl.float32)
-    pair = joined + (tl.program_id(0) * channels + channel) * 2
+    pair = joined + (tl.program_id(1) * channels + channel) * 2
     mean = tl.load(pair, mask=inside, other=0.0)
     factor = tl.load(pair + 1, mask=inside, other=0.0)
     values = (values - mean) * factor + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
@@ -249,12 +249,11 @@ def _launches(
     of_tile = Configuration(warps, blocks={"CHUNKS": chunks, "BLOCK": tile, "WIDTH": across})
     widths = {"CHUNKS": chunks, "WIDTH": _power_of_two(width), "CHANNELS": _power_of_two(of_group)}
     programs = samples if last else samples * norm.groups
+    of_block = Configuration(warps, blocks={"BLOCK": block})
     return (
         Launch(_statistics, (programs, ceiling(length, chunk)), statistics, of_tile),
         Launch(_join, (samples * norm.groups,), join, Configuration(warps=4, blocks=widths)),
-        Launch(
-            _apply, (samples, ceiling(channels * pixels, block)), apply, Configuration(warps, blocks={"BLOCK": block})
-        ),
+        Launch(_apply, (ceiling(channels * pixels, block), samples), apply, of_block),
     )
 
 

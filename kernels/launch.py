@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kernels.errors import KernelError
 from kernels.language import Kernel
+
+MOST_PROGRAMS = 65535
+"""Along every axis of a grid but the first, by CUDA."""
 
 Argument = torch.Tensor | int | float | bool | str | None
 
@@ -53,6 +57,10 @@ class Launch:
     grid: tuple[int, ...]
     arguments: Mapping[str, Argument]
     configuration: Configuration
+
+    def __post_init__(self) -> None:
+        if any(programs > MOST_PROGRAMS for programs in self.grid[1:]):
+            raise KernelError(f"a grid of {self.grid} programs has an axis after the first longer than {MOST_PROGRAMS}")
 
     def run(self) -> None:
         """Start the kernel on the device of its tensors, in the current stream there."""

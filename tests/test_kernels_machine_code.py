@@ -77,6 +77,13 @@ def test_limits_are_those_of_the_architecture() -> None:
     assert "160 registers a thread, 128 are there" in "; ".join(replace(code, warps=16).faults("sm_90", case))
 
 
+def test_a_grid_that_no_gpu_takes_is_refused() -> None:
+    launch = cast_launch(16, 1)
+    assert replace(launch, grid=(70_000, 65_535)).grid == (70_000, 65_535)
+    with pytest.raises(KernelError, match="longer than 65535"):
+        replace(launch, grid=(1, 65_536))
+
+
 def test_what_an_architecture_lacks_is_refused_with_the_reason() -> None:
     integer, small = Case(lambda _: cast_launch(1, 1), ("int8",)), Case(lambda _: cast_launch(1, 1), needs=("fp8",))
     assert [name for name in ARCHITECTURES if integer.refusal(name)] == ["sm_100"]

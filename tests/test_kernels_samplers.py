@@ -9,6 +9,7 @@ import torch
 
 from compress.schedulers import GivenNoise, exact, plain, set_up
 from export.plan_table import plan_table
+from export.start import started_at
 from kernels import denoise_step as fused
 from tests.interpreted import Interpreter, largest_error
 from tests.test_kernels_denoise_step import SHAPE, error, randn, run
@@ -60,3 +61,12 @@ def test_agrees_with_every_scheduler(name: str, options: dict[str, Any], predict
 def test_the_kernel_makes_the_rows_of_a_sampler(interpreter: Interpreter, name: str, options: dict[str, Any]) -> None:
     plan = compiled(name, options, 5, 4.0)
     assert interpreter.run(error, "denoise_step", plan=plan.to_json(), dtype="float32") <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"])
+def test_a_run_that_starts_late_has_a_table_of_its_own(name: str) -> None:
+    """A multistep sampler has no history where image-to-image begins."""
+    plan = compiled(name, LATENT, 6, 4.0)
+    late = started_at(plan, 4, plan.latent_input)
+    assert late.steps[0].x != plan.steps[4].x or name == "HeunDiscreteScheduler"
+    assert error(fused, late.to_json(), "float32", mode="reference") <= 1e-6
