@@ -14,6 +14,7 @@ from compress.guidance import place_guidance
 from compress.measure.quality import planned_metrics
 from compress.measure.verdict import refuse_gates
 from compress.model.latent_diffusion import LatentDiffusion, load
+from compress.model.lora import fuse_lora
 from compress.passes.base import Edit, Pass, PassContext
 from compress.progress import Progress, silent
 from compress.prompts import check_disjoint, read_prompts
@@ -73,6 +74,8 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
     """
     store = Store((work_dir or cache_folder()) / "store")
     original = load(recipe.locate(recipe.model))
+    for lora in recipe.loras:
+        fuse_lora(original, recipe.locate(lora.file), lora.strength)
     checked_shapes(original, shapes_of(recipe))
     sample(original, recipe)
     targets = [target(name) for name in recipe.targets]

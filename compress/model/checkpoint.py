@@ -96,7 +96,7 @@ def read_weights(root: Path, component: str, stem: str) -> Weights:
         files = [inside(root, f"{component}/{name}.safetensors")]
     else:
         files = _shards(root, component, f"{stem}.safetensors.index{'.' + variant if variant else ''}.json")
-    return Weights(tuple(files), variant, sum(_check_file(file) for file in files))
+    return Weights(tuple(files), variant, sum(check_file(file) for file in files))
 
 
 def _variant(folder: Path, stem: str) -> str | None:
@@ -129,8 +129,12 @@ def _shards(root: Path, component: str, index: str) -> list[Path]:
     return [inside(root, f"{component}/{file}") for file in sorted(set(files.values()))]
 
 
-def _check_file(path: Path) -> int:
-    """How many numbers a safetensors file holds; all are read once."""
+def check_file(path: Path) -> int:
+    """How many numbers a safetensors file holds; all are read once.
+
+    Raises:
+        RefusedError: it is truncated, or a number is not finite.
+    """
     parameters = 0
     try:
         with safe_open(path, framework="pt") as file:

@@ -118,6 +118,19 @@ class Sampler(BaseModel):
     options: dict[str, OptionValue] = {}
 
 
+class Lora(BaseModel):
+    """A low-rank change of the weights, added to them before anything else is done.
+
+    Attributes:
+        file: safetensors, with the names of PEFT, diffusers or kohya-ss.
+        strength: the weight of the change.
+    """
+
+    model_config = CONFIG
+    file: Text
+    strength: Annotated[float, Field(ge=-10.0, le=10.0)] = 1.0
+
+
 class Shapes(BaseModel):
     """Sizes the engine must take; height and width in pixels, prompt_tokens None is the tokenizer's own length."""
 
@@ -196,6 +209,7 @@ class Recipe(BaseModel):
     model_config = CONFIG
     schema_version: Literal[1]
     model: Text
+    loras: tuple[Lora, ...] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     sampler: Sampler
     passes: tuple[InstanceOf[Pass], ...] = ()
@@ -263,6 +277,9 @@ class Recipe(BaseModel):
                 raise self.error(("gates", metric), f"needs the key evaluate.{key}, which measures it")
         if self.gates and self.evaluate is None:
             raise self.error(("gates",), "needs the key evaluate, which measures what the gates bound")
+        for at, lora in enumerate(self.loras):
+            if not self.locate(lora.file).is_file():
+                raise self.error(("loras", at, "file"), f"there is no file {shown(lora.file)}")
         if self.calibration is not None:
             self._check_prompts(("calibration", "prompts"), self.locate(self.calibration.prompts))
         if self.evaluate is not None:
