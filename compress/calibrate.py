@@ -36,7 +36,7 @@ ROWS = 2048
 """Rows of inputs that are kept of each layer, from all its calls alike."""
 
 
-def run(floats: Runtime, context: PassContext, what: str, begun: Callable[[int], None] = lambda row: None) -> None:
+def run(floats: Runtime, context: PassContext, what: str, ended: Callable[[int], None] = lambda row: None) -> None:
     """Make one picture per calibration prompt.
 
     Every network call of the plan happens, for both halves of the guidance, so a layer sees the activations of all
@@ -46,7 +46,7 @@ def run(floats: Runtime, context: PassContext, what: str, begun: Callable[[int],
         floats: the uncompressed model bound to its own step plan.
         context: prompts, seed and size.
         what: is being done, for progress.
-        begun: is told every row of the plan that begins.
+        ended: is told every row of the plan whose network call has been made.
 
     Raises:
         RefusedError: there are no prompts.
@@ -62,7 +62,7 @@ def run(floats: Runtime, context: PassContext, what: str, begun: Callable[[int],
 
         def told(row: int, step: Step, _: Lags, __: Lags, done: int = rows * (first // context.batch)) -> Step:
             context.progress(what, done + row, rows * batches)
-            begun(row)
+            ended(row)
             return step
 
         latents = floats.sample(prompts, seeds, context.height, context.width, revise=told)
@@ -118,9 +118,9 @@ def _watched(
     seen: dict[tuple[str, str], Observed] = {}
     row = 0
 
-    def begun(at: int) -> None:
+    def ended(at: int) -> None:
         nonlocal row
-        row = at
+        row = (at + 1) % calls
 
     def watch(part: str, name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         if (part, name) not in seen:
@@ -133,7 +133,7 @@ def _watched(
             raise PassError(f"{part}.{name}: {error}") from None
 
     with watching(model, layers, watch):
-        run(model.runtime(simulate=False), context, "calibrate", begun)
+        run(model.runtime(simulate=False), context, "calibrate", ended)
     _all_ran(layers, set(seen))
     return dict(seen)
 

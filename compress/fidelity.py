@@ -19,7 +19,7 @@ class Fidelity:
 
     Args:
         model: float.
-        context: prompts, seed and size.
+        context: prompts, seed, size, and targets: what the first of them computes is what counts.
     """
 
     def __init__(self, model: LatentDiffusion, context: PassContext) -> None:
@@ -37,7 +37,8 @@ class Fidelity:
 
 def latents_of(model: LatentDiffusion, context: PassContext) -> np.ndarray:
     """One per calibration prompt."""
-    runtime, found = model.runtime(), list[np.ndarray]()
+    dialect = context.targets[0].dialect if context.targets else None
+    runtime, found = model.runtime(dialect=dialect), list[np.ndarray]()
     for first in range(0, len(context.prompts), context.batch):
         prompts = list(context.prompts[first : first + context.batch])
         seeds = [context.seed + first + i for i in range(len(prompts))]

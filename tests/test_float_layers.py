@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from compress import calibrate
 from compress.errors import RecipeError
 from compress.float_layers import call_weights
 from compress.measure.metrics import latent_peak, psnr_per_sample
@@ -93,6 +95,26 @@ def test_scheme_in_float_keeps_the_weights_where_it_can() -> None:
     assert computed_in_float(SCHEMES["nvfp4-w4a8"]).name == "nvfp4-w4a32"
     assert computed_in_float(SCHEMES["fp8-w8a8"]).name == "int8-w8a32"
     assert all(not computed_in_float(row).is_calibrated for row in SCHEMES.values() if row.is_static)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_weights_belong_to_their_calls(batch: int, tiny_folder: Callable[[str], Path]) -> None:
+    """A call that alone counts gives the range and the rows, in every batch."""
+    model = sampled(load(tiny_folder("unet")), 4)
+    name, inputs = "conv_in", list[torch.Tensor]()
+    context = replace(CONTEXT, batch=batch)
+    with calibrate.watching(model, {"denoiser": [name]}, lambda *told: inputs.append(told[3].clone())):
+        calibrate.run(model.runtime(simulate=False), context, "watch")
+    for call in range(4):
+        weights = [4.0 if at == call else 0.0 for at in range(4)]
+        seen = calibrate.observe(model, {"denoiser": [name]}, context, rows=64, weights={name: weights})
+        counted = seen["denoiser", name]
+        own = torch.cat(inputs[call::4])
+        assert counted.input.counts.sum() == 4.0 * own.numel()
+        rows = counted.calls_of_rows(4, -(-len(PROMPTS) // batch))
+        assert float(counted.row_weights[rows == call].sum()) == pytest.approx(len(rows))
+        assert float(counted.row_weights[rows != call].sum()) == 0.0
+        assert (rows == call).sum() > len(rows) / 4
 
 
 def test_calls_count_by_their_errors() -> None:
