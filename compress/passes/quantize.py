@@ -71,8 +71,8 @@ class Quantize(Pass):
         float_share: of the multiply-accumulates of the denoiser's layers with calibrated activations: as many may be
             computed in float, with weights in few bits, where rounding their inputs costs most; a layer must be worth
             it. To find them, the denoising run is differentiated once.
-        calls: how much each network call counts in calibration: `alike`; by the `sensitivity` of the result to errors
-            at that call; or whichever a `search` measures to be better on calibration noises.
+        calls: how much each network call counts in calibration: `alike`; by the root of the `sensitivity` of the
+            result to errors at that call; or whichever a `search` measures to be better on calibration noises.
         budget: of the denoiser: its schemes are then upper limits, and layers in which it costs least get fewer bits.
         formats: that a budget may choose from, beside the schemes; all that round activations alike and are as fast on
             every target, unless given.
