@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,7 +15,10 @@ from kernels.language import Kernel
 MOST_PROGRAMS = 65535
 """Along every axis of a grid but the first, by CUDA."""
 
-Argument = torch.Tensor | int | float | bool | str | None
+Descriptor: TypeAlias = Any
+"""A `TensorDescriptor` of Triton: address, shape and strides of a tensor, and the tile that is copied at once."""
+
+Argument = torch.Tensor | Descriptor | int | float | bool | str | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)

@@ -132,32 +132,44 @@ def assemble(launch: Launch, architecture: str) -> MachineCode:
     )
 
 
-def _specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+def _specialized(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Types, compile-time values and divisibilities of a launch's arguments, by Triton's rules at launch.
 
     A number that is 1 becomes a compile-time value, and so does None; numbers and addresses are marked where 16
-    divides them, without which no load is 16 bytes wide.
+    divides them, without which no load is 16 bytes wide. Values and marks are kept by position: of the parameter and,
+    where it is a tuple, of the number in it.
     """
     given: dict[str, Argument] = {**launch.arguments, **launch.configuration.blocks}
-    signature, constants, attributes = {}, {}, {}
-    for parameter in launch.kernel.params:
-        name, value = parameter.name, given[parameter.name]
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def described(value: Any, place: tuple[int, ...], name: str, constant: bool) -> Any:
         is_number = isinstance(value, int) and not isinstance(value, bool)
-        if parameter.is_constexpr or value is None or (is_number and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
+        if constant or value is None or (is_number and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(described(part, (*place, at), name, False) for at, part in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
+        if hasattr(value, "block_shape"):
+            return f"tensordesc<{_TYPES[value.base.dtype]}[{', '.join(map(str, value.block_shape))}]>"
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
+            kind = "*" + _TYPES[value.dtype]
             divisible = value.storage_offset() * value.element_size() % 16 == 0
-        elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
-        elif isinstance(value, int) and is_number:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        elif is_number:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0
         else:
             raise KernelError(f"{name} of {launch.kernel.__name__} is a {type(value).__name__}, no kernel takes that")
         if divisible:
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        return kind
+
+    signature = {
+        parameter.name: described(given[parameter.name], (parameter.num,), parameter.name, parameter.is_constexpr)
+        for parameter in launch.kernel.params
+    }
     return signature, constants, attributes
 
 
