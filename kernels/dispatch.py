@@ -60,8 +60,9 @@ def choose(
         needs: number formats that the architecture must have.
         unfit: why this call does not fit the kernel whatever the architecture; None where it does.
         vendor: whether the vendor's library can do this very call.
-        mode: `auto` takes the vendor's library where `Capability.vendor` says so, else the kernel, else plain torch;
-            the others insist. None asks the environment variable LATENT_KERNELS, or else is `auto`.
+        mode: `auto` takes the vendor's library where `Capability.vendor` says so, else the kernel; where a GPU cannot
+            run the kernel, the vendor's library if it can do this call; else plain torch. The others insist. None asks
+            the environment variable LATENT_KERNELS, or else is `auto`.
 
     Raises:
         KernelError: the mode is unknown, or is `triton` where the kernel cannot run.
@@ -78,7 +79,7 @@ def choose(
             raise KernelError(f"the Triton kernel of {operation} cannot run: {obstacle}")
         choice = Choice("triton", "the kernel was asked for", architecture)
     elif obstacle is not None:
-        choice = Choice("reference", obstacle, architecture)
+        choice = Choice("vendor" if vendor and device.type == "cuda" else "reference", obstacle, architecture)
     elif architecture == INTERPRETER:
         choice = Choice("reference", "the interpreter only runs what is asked to be a kernel", architecture)
     elif vendor and operation in CAPABILITIES[architecture].vendor:

@@ -50,6 +50,14 @@ def test_what_the_architecture_lacks_goes_to_the_reference(monkeypatch: pytest.M
         dispatch.choose("gemm", CPU, torch.float16, (1, 2), unfit="the rows are odd", mode="triton")
 
 
+def test_what_a_gpu_cannot_run_goes_to_the_vendor_if_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "sm_100")
+    for device, implementation in ((torch.device("cuda"), "vendor"), (CPU, "reference")):
+        choice = dispatch.choose("gemm", device, torch.int8, (1, 2), needs=("int8",), vendor=True)
+        assert choice.implementation == implementation
+        assert "no int8" in choice.reason
+
+
 def test_the_environment_holds_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, "sm_80")
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
