@@ -1,0 +1,40 @@
+"""The softmax that attention computes while it walks over the keys, in base 2, and what it carries along.
+
+Source: Milakov and Gimelshein 2018, arXiv 1805.02867 (the running maximum and sum); Dao et al. 2022, arXiv 2205.14135
+(with the weighted values).
+"""
+
+from __future__ import annotations
+
+from kernels.language import jit, tl
+
+
+@jit
+def base_2(exponent: tl.tensor) -> tl.tensor:
+    """The exponent of 2 that stands for one of e; powers of 2 are what the hardware computes."""
+    return exponent * 1.4426950408889634
+
+
+@jit
+def fold(
+    scores: tl.tensor, scale: tl.tensor, maximum: tl.tensor, total: tl.tensor, SHIFT: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Take a block of scores (queries, keys) into the running softmax.
+
+    A weight is 2**(scale * score - maximum + SHIFT); the shift cancels in the quotient and only chooses the range of
+    the weights. A query that has seen no key yet has the maximum -inf and the total zero.
+
+    Returns:
+        The weights of the block; the factor for all that was summed before; the maximum; the total of the weights.
+    """
+    higher = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    origin = tl.where(higher == -float("inf"), 0.0, higher)
+    weights = tl.exp2(scores * scale - (origin - SHIFT)[:, None])
+    correction = tl.exp2(maximum - origin)
+    return weights, correction, higher, total * correction + tl.sum(weights, 1)
+
+
+@jit
+def normalised(accumulator: tl.tensor, total: tl.tensor) -> tl.tensor:
+    """Divide weighted values (queries, channels) by the total of the weights; a query that saw no key gets zeros."""
+    return accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
