@@ -13,10 +13,13 @@ from torch.nn import functional
 
 from kernels.capability import INTERPRETER
 from kernels.dispatch import Mode, choose
+from kernels.errors import KernelError
 from kernels.heads import (
+    COPIES_TILES,
     aligned,
     check_heads,
-    descriptor,
+    check_per_key,
+    described,
     load_tile,
     output_for,
     power_of_2,
@@ -44,9 +47,6 @@ CONFIGURATIONS = {
     },
 }
 """Channels of a head, padded, up to which a table serves -> configurations by architecture."""
-
-_WITH_DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
-"""Architectures with a unit that copies whole tiles."""
 
 
 @jit
@@ -176,6 +176,20 @@ def _kernel(
     )
 
 
+def check_masks(query: Tensor, key: Tensor, key_bias: Tensor | None, key_lengths: Tensor | None) -> None:
+    """Refuse a bias or lengths that are not those of the keys.
+
+    Raises:
+        KernelError: a shape, a type or a device is another.
+    """
+    check_per_key(query, key.shape[2], key_bias=key_bias)
+    if key_lengths is not None:
+        integers = not key_lengths.dtype.is_floating_point
+        if key_lengths.shape != query.shape[:1] or not integers or key_lengths.device != query.device:
+            there = f"{tuple(key_lengths.shape)} of {key_lengths.dtype} on {key_lengths.device}"
+            raise KernelError(f"key_lengths must be {query.shape[0]} integers on {query.device}, not {there}")
+
+
 def key_offsets(query: Tensor, keys: int, key_bias: Tensor | None, key_lengths: Tensor | None) -> Tensor | None:
     """What is added to the scores of every key, float32 (batch, 1, 1, keys); None where nothing is.
 
@@ -257,6 +271,7 @@ def attention(
         KernelError: the tensors do not fit each other, or the kernel was asked for and cannot run.
     """
     check_heads(query, key, value, scale)
+    check_masks(query, key, key_bias, key_lengths)
     choice = choose("attention", query.device, query.dtype, query.shape, unfit=unfit(query), vendor=True, mode=mode)
     if choice.implementation == "reference":
         return attention_reference(query, key, value, key_bias=key_bias, key_lengths=key_lengths, scale=scale)
@@ -265,11 +280,6 @@ def attention(
     launch, output = _prepare(query, key, value, key_bias, key_lengths, scale, choice.architecture)
     launch.run()
     return output
-
-
-def configuration(query: Tensor, architecture: str) -> Configuration:
-    """How a kernel that walks over the keys is cut for a query (batch, heads, tokens, channels)."""
-    return configuration_for(CONFIGURATIONS[max(64, power_of_2(query.shape[3]))], architecture)
 
 
 def _prepare(
@@ -287,14 +297,13 @@ def _prepare(
     output = output_for(query)
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
-    chosen = configuration(query, architecture)
+    chosen = configuration_for(CONFIGURATIONS[max(64, power_of_2(channels))], architecture)
     block_queries, block_keys = chosen.blocks["BLOCK_QUERIES"], chosen.blocks["BLOCK_KEYS"]
     if descriptors is None:
-        descriptors = architecture in _WITH_DESCRIPTORS and key_lengths is None
+        descriptors = architecture in COPIES_TILES and key_lengths is None
     tensors = {"query": query, "key": key, "value": value, "output": output}
-    blocks = {"query": block_queries, "key": block_keys, "value": block_keys, "output": block_queries}
     arguments = {
-        **({name: descriptor(tensor, blocks[name]) for name, tensor in tensors.items()} if descriptors else tensors),
+        **(described(tensors, block_queries, block_keys) if descriptors else tensors),
         **strides(**tensors),
         "bias": None if key_bias is None else key_bias.float().contiguous(),
         "lengths": None if key_lengths is None else key_lengths.int(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention import attention_by_vendor, attention_reference
+from kernels.attention import attention_by_vendor, attention_reference, check_masks
 from kernels.capability import INTERPRETER
 from kernels.dispatch import Mode, choose
 from kernels.heads import aligned, check_heads, load_tile, output_for, power_of_2, store_tile, strides, unfit
@@ -120,6 +120,7 @@ def cross_attention(
         KernelError: the tensors do not fit each other, or the kernel was asked for and cannot run.
     """
     check_heads(query, key, value, scale)
+    check_masks(query, key, key_bias, key_lengths)
     most = min(256, _MOST_ELEMENTS // power_of_2(query.shape[3]))
     obstacle = unfit(query)
     if key.shape[2] > most:

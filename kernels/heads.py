@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,6 +40,18 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, scale: float | None) 
         raise KernelError(f"query, key and value must be of one type and on one device: {kinds}")
     if scale is not None and not 0.0 < scale < math.inf:
         raise KernelError(f"the scale of the scores must be above zero, not {scale}")
+
+
+def check_per_key(query: Tensor, keys: int, **numbers: Tensor | None) -> None:
+    """Refuse what is not one number a key, (batch, keys), on the device of the query; None is left out.
+
+    Raises:
+        KernelError: a shape or a device is another.
+    """
+    for name, given in numbers.items():
+        if given is not None and (given.shape != (query.shape[0], keys) or given.device != query.device):
+            there = f"{tuple(given.shape)} on {given.device}"
+            raise KernelError(f"{name} must be {(query.shape[0], keys)} on {query.device}, not {there}")
 
 
 def unfit(query: Tensor) -> str | None:
@@ -87,11 +100,26 @@ def strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
     return {f"{name}_strides": tensor.stride()[:3] for name, tensor in tensors.items()}
 
 
-def descriptor(tensor: Tensor, tokens: int) -> Descriptor:
-    """Describe a tensor (batch, heads, tokens, channels) to the hardware that copies tiles of so many tokens."""
+def described(tensors: Mapping[str, Tensor], queries: int, keys: int) -> dict[str, Descriptor]:
+    """Describe tensors (batch, heads, tokens, channels) to the hardware that copies tiles.
+
+    Args:
+        tensors: by name.
+        queries: tokens in a tile of the tensors `query` and `output`.
+        keys: tokens in a tile of all others.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(tensor, [1, 1, tokens, power_of_2(tensor.shape[3])])
+    return {
+        name: TensorDescriptor.from_tensor(
+            tensor, [1, 1, queries if name in ("query", "output") else keys, power_of_2(tensor.shape[3])]
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+COPIES_TILES = ("sm_90", "sm_100", "sm_120")
+"""Architectures with a unit that copies whole tiles, which tensor descriptors are for."""
 
 
 @jit
@@ -109,7 +137,7 @@ def load_tile(
 ) -> tl.tensor:
     """Read tokens `first` and following of one head, (BLOCK_TOKENS, BLOCK_CHANNELS); outside the tensor stand zeros.
 
-    With DESCRIPTORS, `source` is a tensor descriptor (see `descriptor`), which knows strides and shape by itself.
+    With DESCRIPTORS, `source` is a tensor descriptor (see `described`), which knows strides and shape by itself.
     """
     if DESCRIPTORS:
         tile = source.load([batch, head, first, 0]).reshape(BLOCK_TOKENS, BLOCK_CHANNELS)

@@ -31,7 +31,7 @@ def error(
 
     `masks` names what is given: `bias` (some of it -inf), `lengths`, `nothing` (the second sample sees no key).
     """
-    query = heads(0, 70, channels, dtype, layout)
+    query = heads(0, 35, channels, dtype, layout)
     key, value = heads(1, keys, channels, dtype, layout), heads(2, keys, channels, dtype, layout)
     bias, lengths, both = None, None, torch.zeros(BATCH, keys)
     if "bias" in masks:
@@ -39,19 +39,19 @@ def error(
         bias[0, ::3] = -torch.inf
         both = both + bias
     if "lengths" in masks:
-        lengths = torch.tensor([keys - 5, 0 if "nothing" in masks else 3])
+        lengths = torch.tensor([keys - 2, 0 if "nothing" in masks else 3])
         both = both.masked_fill(torch.arange(keys) >= lengths[:, None], -torch.inf)
     got = getattr(op, name)(query, key, value, key_bias=bias, key_lengths=lengths, scale=scale, mode=mode)
     return relative_error(got, attention_in_float64(query, key, value, both, scale))
 
 
 CALLS: list[dict[str, Any]] = [
-    {"keys": 45, "channels": 40, "dtype": "float16"},
-    {"keys": 45, "channels": 64, "dtype": "bfloat16", "layout": "tokens"},
-    {"keys": 48, "channels": 80, "dtype": "float16", "layout": "tokens", "scale": 0.3},
-    {"keys": 33, "channels": 128, "dtype": "bfloat16", "masks": "bias"},
-    {"keys": 45, "channels": 64, "dtype": "float16", "masks": "lengths", "layout": "tokens"},
-    {"keys": 45, "channels": 16, "dtype": "float16", "masks": "bias lengths nothing"},
+    {"keys": 21, "channels": 40, "dtype": "float16"},
+    {"keys": 21, "channels": 64, "dtype": "bfloat16", "layout": "tokens"},
+    {"keys": 32, "channels": 80, "dtype": "float16", "layout": "tokens", "scale": 0.3},
+    {"keys": 19, "channels": 128, "dtype": "bfloat16", "masks": "bias"},
+    {"keys": 21, "channels": 64, "dtype": "float16", "masks": "lengths", "layout": "tokens"},
+    {"keys": 21, "channels": 16, "dtype": "float16", "masks": "bias lengths nothing"},
 ]
 
 
@@ -67,7 +67,7 @@ def test_kernel_and_reference_agree_with_float64(
 
 def with_descriptors(op: ModuleType, keys: int, channels: int, dtype: str, bias: bool, layout: str) -> float:
     """The error of the form that reads and writes by tensor descriptors."""
-    query = heads(0, 70, channels, dtype, layout)
+    query = heads(0, 35, channels, dtype, layout)
     key, value = heads(1, keys, channels, dtype, layout), heads(2, keys, channels, dtype, layout)
     added = torch.randn(BATCH, keys, generator=torch.Generator().manual_seed(3)) if bias else None
     launch, output = op._prepare(query, key, value, added, None, None, "interpreter", descriptors=True)
@@ -78,9 +78,9 @@ def with_descriptors(op: ModuleType, keys: int, channels: int, dtype: str, bias:
 @pytest.mark.parametrize(
     "call",
     [
-        {"keys": 45, "channels": 40, "dtype": "float16", "bias": False, "layout": "tokens"},
-        {"keys": 64, "channels": 64, "dtype": "bfloat16", "bias": True, "layout": "heads"},
-        {"keys": 45, "channels": 128, "dtype": "float16", "bias": True, "layout": "tokens"},
+        {"keys": 21, "channels": 40, "dtype": "float16", "bias": False, "layout": "tokens"},
+        {"keys": 32, "channels": 64, "dtype": "bfloat16", "bias": True, "layout": "heads"},
+        {"keys": 21, "channels": 128, "dtype": "float16", "bias": True, "layout": "tokens"},
     ],
 )
 def test_tensor_descriptors_agree_with_float64(interpreter: Interpreter, call: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def test_tensor_descriptors_agree_with_float64(interpreter: Interpreter, call: d
     ],
 )
 def test_broken_attention_is_seen(interpreter: Interpreter, old: str, new: str) -> None:
-    call = {"name": "attention", "keys": 45, "channels": 40, "dtype": "float16", "masks": "bias lengths"}
+    call = {"name": "attention", "keys": 21, "channels": 40, "dtype": "float16", "masks": "bias lengths"}
     assert interpreter.sees("attention", old, new, error, above=BOUND["float16"], **call)
 
 
@@ -122,7 +122,7 @@ def test_broken_attention_is_seen(interpreter: Interpreter, old: str, new: str) 
     ],
 )
 def test_broken_cross_attention_is_seen(interpreter: Interpreter, old: str, new: str) -> None:
-    call = {"name": "cross_attention", "keys": 45, "channels": 40, "dtype": "float16", "masks": "bias lengths"}
+    call = {"name": "cross_attention", "keys": 21, "channels": 40, "dtype": "float16", "masks": "bias lengths"}
     assert interpreter.sees("cross_attention", old, new, error, above=BOUND["float16"], **call)
 
 
@@ -177,3 +177,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
             attention.attention(*wrong)
     with pytest.raises(KernelError, match="above zero, not -1"):
         attention.attention(query, key, key, scale=-1.0)
+    for masks, message in (
+        ({"key_bias": torch.zeros(1, 4)}, r"key_bias must be \(1, 5\) on cpu"),
+        ({"key_lengths": torch.zeros(2, dtype=torch.int32)}, "key_lengths must be 1 integers"),
+        ({"key_lengths": torch.zeros(1)}, "not .* of torch.float32"),
+    ):
+        for call in (attention.attention, cross_attention.cross_attention):
+            with pytest.raises(KernelError, match=message):
+                call(query, key, key, **masks)
