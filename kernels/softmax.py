@@ -22,12 +22,14 @@ def fold(
     """Take a block of scores (queries, keys) into the running softmax.
 
     A weight is 2**(scale * score - maximum + SHIFT); the shift cancels in the quotient and only chooses the range of
-    the weights. A query that has seen no key yet has the maximum -inf and the total zero.
+    the weights. The maximum is rounded up to a whole number: corrections are then powers of two, which are exact, and
+    weights rounded to few digits do not depend on the order of the keys. A query that has seen no key yet has the
+    maximum -inf and the total zero.
 
     Returns:
         The weights of the block; the factor for all that was summed before; the maximum; the total of the weights.
     """
-    higher = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    higher = tl.maximum(maximum, tl.ceil(tl.max(scores, 1) * scale))
     origin = tl.where(higher == -float("inf"), 0.0, higher)
     weights = tl.exp2(scores * scale - (origin - SHIFT)[:, None])
     correction = tl.exp2(maximum - origin)
