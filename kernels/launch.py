@@ -66,9 +66,14 @@ class Launch:
         if any(programs > MOST_PROGRAMS for programs in self.grid[1:]):
             raise KernelError(f"a grid of {self.grid} programs has an axis after the first longer than {MOST_PROGRAMS}")
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among the arguments, those behind descriptors too."""
+        behind = (getattr(value, "base", value) for value in self.arguments.values())
+        return [value for value in behind if isinstance(value, torch.Tensor)]
+
     def run(self) -> None:
         """Start the kernel on the device of its tensors, in the current stream there."""
-        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        device = self.tensors()[0].device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](
                 **self.arguments,

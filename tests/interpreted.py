@@ -87,8 +87,8 @@ def watch_addresses() -> None:
     def watched_run(self: Launch) -> None:
         nonlocal starts, ends
         bounds = []
-        for tensor in self.arguments.values():
-            if isinstance(tensor, torch.Tensor) and tensor.numel():
+        for tensor in self.tensors():
+            if tensor.numel():
                 last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
                 bounds.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()))
         starts, ends = (np.array(part, np.uint64) for part in zip(*sorted(bounds), strict=True))
@@ -101,13 +101,13 @@ def watch_addresses() -> None:
         if (tensor < 0).any() or (at + np.uint64(size) > np.maximum.accumulate(ends)[tensor]).any():
             raise InterpretedError(f"a kernel {what} outside of its tensors")
 
-    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         check("loads", pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
-    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         check("stores", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **named)
 
     Launch.run = watched_run  # type: ignore[method-assign]
     builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
