@@ -22,8 +22,8 @@ from kernels.heads import check_heads, output_for, store_tile, strides, unfit
 from kernels.language import ceiling, jit, tl
 from kernels.launch import Configuration, Launch, configuration_for
 from kernels.machine_code import Case
+from kernels.quantize import DTYPES, LIMITS
 from kernels.quantize_heads import (
-    LARGEST,
     channel_reference,
     group_reference,
     peaks_of,
@@ -39,8 +39,6 @@ GROUP = 128
 
 _SHIFT = 8
 """The largest weight is two to this power."""
-
-_E4M3 = torch.float8_e4m3fn
 
 _DEFAULT = Configuration(warps=8, stages=3, blocks={"BLOCK_QUERIES": 128, "BLOCK_KEYS": 64})
 _LARGER = Configuration(warps=8, stages=3, blocks={"BLOCK_QUERIES": 128, "BLOCK_KEYS": 128})
@@ -70,7 +68,7 @@ def _kernel(
     key_groups: tl.tensor,
     GROUP: tl.constexpr,
     SHIFT: tl.constexpr,
-    LARGEST: tl.constexpr,
+    LIMIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -101,7 +99,7 @@ def _kernel(
         sums = tl.dot(weights.to(values.dtype), tl.trans(values))
         accumulator = accumulator * correction[:, None] + sums
     peak = tl.load(value_peaks + row * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)
-    averages = normalised(accumulator, total) * (peak / LARGEST)[None, :]
+    averages = normalised(accumulator, total) * (peak / LIMIT)[None, :]
     store_tile(
         output,
         output_strides,
@@ -120,11 +118,11 @@ def _kernel(
 def attention_fp8_reference(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
     """Compute `attention_fp8` in plain torch and float32: the same codes, multiplied out."""
     factor = (query.shape[-1] ** -0.5 if scale is None else scale) * math.log2(math.e)
-    coded_query = group_reference(query, _E4M3, GROUP, factor=factor)
-    coded_key = group_reference(key, _E4M3, GROUP, smoothing(key))
+    coded_query = group_reference(query, "fp8", GROUP, factor=factor)
+    coded_key = group_reference(key, "fp8", GROUP, smoothing(key))
     scores = coded_query @ coded_key.mT
     weights = torch.exp2(scores - scores.amax(-1, keepdim=True).ceil() + _SHIFT)
-    sums = weights.to(_E4M3).float() @ channel_reference(value, _E4M3)
+    sums = weights.to(DTYPES["fp8"]).float() @ channel_reference(value, "fp8")
     return (sums / weights.sum(-1, keepdim=True)).to(query.dtype)
 
 
@@ -172,10 +170,10 @@ def _prepare(
 ) -> tuple[list[Launch], Tensor]:
     """The launches, in order, and the output: queries, keys and values are coded, attention."""
     factor = (query.shape[-1] ** -0.5 if scale is None else scale) * math.log2(math.e)
-    code_query, coded_query, query_scales = prepare_groups(query, _E4M3, GROUP, factor=factor)
-    code_key, coded_key, key_scales = prepare_groups(key, _E4M3, GROUP, smoothing(key))
+    code_query, coded_query, query_scales = prepare_groups(query, "fp8", GROUP, factor=factor)
+    code_key, coded_key, key_scales = prepare_groups(key, "fp8", GROUP, smoothing(key))
     peaks = peaks_of(value)
-    code_value, coded_value = prepare_channels(value, _E4M3, GROUP, peaks)
+    code_value, coded_value = prepare_channels(value, "fp8", GROUP, peaks)
     output = output_for(query)
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
@@ -196,7 +194,7 @@ def _prepare(
         "key_groups": key_scales.shape[2],
         "GROUP": GROUP,
         "SHIFT": float(_SHIFT),
-        "LARGEST": LARGEST[_E4M3],
+        "LIMIT": LIMITS["fp8"],
         "CHANNELS": channels,
         "BLOCK_CHANNELS": width_of(channels),
         "WHOLE": keys % chosen.blocks["BLOCK_KEYS"] == 0,

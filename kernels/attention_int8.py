@@ -84,8 +84,8 @@ def _kernel(
 def attention_int8_reference(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
     """Compute `attention_int8` in plain torch and float32: the same codes, multiplied out."""
     factor = (query.shape[-1] ** -0.5 if scale is None else scale) * math.log2(math.e)
-    coded_query = group_reference(query, torch.int8, QUERY_GROUP, factor=factor)
-    coded_key = group_reference(key, torch.int8, KEY_GROUP, smoothing(key))
+    coded_query = group_reference(query, "int8", QUERY_GROUP, factor=factor)
+    coded_key = group_reference(key, "int8", KEY_GROUP, smoothing(key))
     scores = coded_query @ coded_key.mT
     weights = torch.exp2(scores - scores.amax(-1, keepdim=True).ceil())
     sums = weights.to(value.dtype).float() @ value.float()
@@ -136,8 +136,8 @@ def _prepare(
 ) -> tuple[list[Launch], Tensor]:
     """The launches, in order, and the output: queries are coded, keys are coded, attention."""
     factor = (query.shape[-1] ** -0.5 if scale is None else scale) * math.log2(math.e)
-    code_query, coded_query, query_scales = prepare_groups(query, torch.int8, QUERY_GROUP, factor=factor)
-    code_key, coded_key, key_scales = prepare_groups(key, torch.int8, KEY_GROUP, smoothing(key))
+    code_query, coded_query, query_scales = prepare_groups(query, "int8", QUERY_GROUP, factor=factor)
+    code_key, coded_key, key_scales = prepare_groups(key, "int8", KEY_GROUP, smoothing(key))
     value, output = aligned(value), output_for(query)
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]

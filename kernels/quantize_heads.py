@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.capability import Format
 from kernels.heads import aligned, load_tile, power_of_2
 from kernels.language import ceiling, jit, tl
 from kernels.launch import Configuration, Launch
 from kernels.machine_code import Case
-
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""The largest code of a format."""
+from kernels.quantize import DTYPES, LIMITS, NEEDS, Kind, codes, quantize_reference, row_scale
 
 
 @jit
@@ -30,12 +27,12 @@ def _group_kernel(
     source: tl.tensor,
     source_strides: tl.tensor,
     mean: tl.tensor,
-    codes: tl.tensor,
+    out: tl.tensor,
     scales: tl.tensor,
     heads: tl.tensor,
     tokens: tl.tensor,
     factor: tl.tensor,
-    LARGEST: tl.constexpr,
+    LIMIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -50,15 +47,11 @@ def _group_kernel(
         centre = tl.load(mean + row * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)
         tile = tl.where(first + token[:, None] < tokens, tile - centre[None, :], 0.0)
     tile *= factor
-    peak = tl.max(tl.max(tl.abs(tile), 1), 0)
-    peak = tl.where(peak == 0.0, 1.0, peak)
+    scale = row_scale(tl.max(tl.abs(tile), 0)[None, :], LIMIT)
     index = row.to(tl.int64) * tl.num_programs(0) + group
-    tl.store(scales + index, peak / LARGEST)
-    tile *= LARGEST / peak
-    if codes.dtype.element_ty == tl.int8:
-        tile = (tile + 12582912.0) - 12582912.0
+    tl.store(scales + index + tl.arange(0, 1), scale)
     offsets = token[:, None] * BLOCK_CHANNELS + channel[None, :]
-    tl.store(codes + index * GROUP * BLOCK_CHANNELS + offsets, tile.to(codes.dtype.element_ty))
+    tl.store(out + index * GROUP * BLOCK_CHANNELS + offsets, codes(tile, scale[:, None], LIMIT, out.dtype.element_ty))
 
 
 @jit
@@ -66,10 +59,10 @@ def _channel_kernel(
     source: tl.tensor,
     source_strides: tl.tensor,
     peaks: tl.tensor,
-    codes: tl.tensor,
+    out: tl.tensor,
     heads: tl.tensor,
     tokens: tl.tensor,
-    LARGEST: tl.constexpr,
+    LIMIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -79,11 +72,12 @@ def _channel_kernel(
     tile = load_tile(
         source, source_strides, row // heads, row % heads, first, tokens, CHANNELS, GROUP, BLOCK_CHANNELS, False
     ).to(tl.float32)
-    peak = tl.load(peaks + row * CHANNELS + channel, mask=channel < CHANNELS, other=1.0)
-    tile *= (LARGEST / tl.where(peak == 0.0, 1.0, peak))[None, :]
+    peak = tl.load(peaks + row * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)
+    scale = row_scale(peak[:, None], LIMIT)
+    coded = codes(tl.trans(tile), scale[:, None], LIMIT, out.dtype.element_ty)
     padded = tl.num_programs(0) * GROUP
-    codes += row.to(tl.int64) * BLOCK_CHANNELS * padded + first
-    tl.store(codes + channel[:, None] * padded + token[None, :], tl.trans(tile).to(codes.dtype.element_ty))
+    out += row.to(tl.int64) * BLOCK_CHANNELS * padded + first
+    tl.store(out + channel[:, None] * padded + token[None, :], coded)
 
 
 def smoothing(key: Tensor) -> Tensor:
@@ -96,38 +90,27 @@ def peaks_of(value: Tensor) -> Tensor:
     return torch.linalg.vector_norm(value, torch.inf, 2, dtype=torch.float32)
 
 
-def group_reference(
-    source: Tensor, dtype: torch.dtype, group: int, mean: Tensor | None = None, factor: float = 1.0
-) -> Tensor:
+def group_reference(source: Tensor, kind: Kind, group: int, mean: Tensor | None = None, factor: float = 1.0) -> Tensor:
     """What is left of (batch, heads, tokens, channels) after grouped codes and back, float32."""
     smooth = (source.float() if mean is None else source.float() - mean[:, :, None]) * factor
-    tokens = smooth.shape[2]
-    padded = functional.pad(smooth, (0, 0, 0, -tokens % group)).unflatten(2, (-1, group))
-    peak = padded.abs().amax((3, 4), keepdim=True)
-    peak = peak.where(peak != 0, 1.0)
-    return (_coded(padded * (LARGEST[dtype] / peak), dtype) * (peak / LARGEST[dtype])).flatten(2, 3)[:, :, :tokens]
+    tokens, channels = smooth.shape[2:]
+    groups = functional.pad(smooth, (0, 0, 0, -tokens % group)).unflatten(2, (-1, group)).flatten(3)
+    return quantize_reference(groups, kind).dequantized().unflatten(3, (group, channels)).flatten(2, 3)[:, :, :tokens]
 
 
-def channel_reference(value: Tensor, dtype: torch.dtype) -> Tensor:
+def channel_reference(value: Tensor, kind: Kind) -> Tensor:
     """What is left of (batch, heads, tokens, channels) after codes with a scale a channel and back, float32."""
-    peak = peaks_of(value)[:, :, None]
-    peak = peak.where(peak != 0, 1.0)
-    return _coded(value.float() * (LARGEST[dtype] / peak), dtype) * (peak / LARGEST[dtype])
-
-
-def _coded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values rounded to the nearest code, ties to even, as float32."""
-    return values.round() if dtype == torch.int8 else values.to(dtype).float()
+    return quantize_reference(value.mT, kind).dequantized().mT
 
 
 def prepare_groups(
-    source: Tensor, dtype: torch.dtype, group: int, mean: Tensor | None = None, factor: float = 1.0
+    source: Tensor, kind: Kind, group: int, mean: Tensor | None = None, factor: float = 1.0
 ) -> tuple[Launch, Tensor, Tensor]:
     """The launch that codes (batch, heads, tokens, channels) in groups of tokens.
 
     Args:
         source: what is coded.
-        dtype: of the codes.
+        kind: of the codes.
         group: tokens that share a scale, a power of two.
         mean: float32 (batch, heads, channels), subtracted first; None for none.
         factor: multiplies everything first.
@@ -139,32 +122,32 @@ def prepare_groups(
     source = aligned(source)
     batch, heads, tokens, channels = source.shape
     groups, width = ceiling(tokens, group), width_of(channels)
-    codes = source.new_empty(batch, heads, groups * group, width, dtype=dtype)
+    out = source.new_empty(batch, heads, groups * group, width, dtype=DTYPES[kind])
     scales = source.new_empty(batch, heads, groups, dtype=torch.float32)
     arguments = {
         "source": source,
         "source_strides": source.stride()[:3],
         "mean": mean,
-        "codes": codes,
+        "out": out,
         "scales": scales,
         "heads": heads,
         "tokens": tokens,
         "factor": factor,
-        "LARGEST": LARGEST[dtype],
+        "LIMIT": LIMITS[kind],
         "CHANNELS": channels,
         "GROUP": group,
         "BLOCK_CHANNELS": width,
     }
     launch = Launch(_group_kernel, (groups, batch * heads), arguments, Configuration(warps=group // 16))
-    return launch, codes, scales
+    return launch, out, scales
 
 
-def prepare_channels(value: Tensor, dtype: torch.dtype, group: int, peaks: Tensor) -> tuple[Launch, Tensor]:
+def prepare_channels(value: Tensor, kind: Kind, group: int, peaks: Tensor) -> tuple[Launch, Tensor]:
     """The launch that codes values (batch, heads, tokens, channels) with a scale a channel.
 
     Args:
         value: what is coded.
-        dtype: of the codes.
+        kind: of the codes.
         group: the number of tokens is padded to a multiple of it, a power of two.
         peaks: see `peaks_of`.
 
@@ -174,20 +157,20 @@ def prepare_channels(value: Tensor, dtype: torch.dtype, group: int, peaks: Tenso
     value = aligned(value)
     batch, heads, tokens, channels = value.shape
     groups, width = ceiling(tokens, group), width_of(channels)
-    codes = value.new_empty(batch, heads, width, groups * group, dtype=dtype)
+    out = value.new_empty(batch, heads, width, groups * group, dtype=DTYPES[kind])
     arguments = {
         "source": value,
         "source_strides": value.stride()[:3],
         "peaks": peaks,
-        "codes": codes,
+        "out": out,
         "heads": heads,
         "tokens": tokens,
-        "LARGEST": LARGEST[dtype],
+        "LIMIT": LIMITS[kind],
         "CHANNELS": channels,
         "GROUP": group,
         "BLOCK_CHANNELS": width,
     }
-    return Launch(_channel_kernel, (groups, batch * heads), arguments, Configuration(warps=group // 16)), codes
+    return Launch(_channel_kernel, (groups, batch * heads), arguments, Configuration(warps=group // 16)), out
 
 
 def width_of(channels: int) -> int:
@@ -199,15 +182,15 @@ def _heads() -> Tensor:
     return torch.empty(2, 4096, 10, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
 
 
-def _groups(dtype: torch.dtype, group: int, needs: tuple[Format, ...] = ()) -> Case:
-    return Case(lambda _: prepare_groups(_heads(), dtype, group, smoothing(_heads()))[0], needs=needs)
+def _groups(kind: Kind, group: int) -> Case:
+    return Case(lambda _: prepare_groups(_heads(), kind, group, smoothing(_heads()))[0], needs=NEEDS[kind])
 
 
 CASES = {
-    "quantize_heads-int8-groups-64": _groups(torch.int8, 64),
-    "quantize_heads-int8-groups-128": _groups(torch.int8, 128),
-    "quantize_heads-fp8-groups-128": _groups(torch.float8_e4m3fn, 128, needs=("fp8",)),
+    "quantize_heads-int8-groups-64": _groups("int8", 64),
+    "quantize_heads-int8-groups-128": _groups("int8", 128),
+    "quantize_heads-fp8-groups-128": _groups("fp8", 128),
     "quantize_heads-fp8-channels": Case(
-        lambda _: prepare_channels(_heads(), torch.float8_e4m3fn, 128, peaks_of(_heads()))[0], needs=("fp8",)
+        lambda _: prepare_channels(_heads(), "fp8", 128, peaks_of(_heads()))[0], needs=NEEDS["fp8"]
     ),
 }
