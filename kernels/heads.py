@@ -83,7 +83,7 @@ def aligned(tensor: Tensor) -> Tensor:
     """
     *outer, last = tensor.stride()
     fits = last == 1 and all(stride > 0 and stride % 8 == 0 for stride in outer) and tensor.data_ptr() % 16 == 0
-    return tensor if fits else tensor.contiguous()
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def output_for(query: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ def test_tensor_descriptors_agree_with_float64(interpreter: Interpreter, call: d
             "scores + offset[None, :], factor\n        if weight",
         ),
         ('"WHOLE": keys % block_keys == 0 and key_lengths is None', '"WHOLE": True'),
+        ("first, queries, CHANNELS", "first, queries + 1, CHANNELS"),
         ("head = tl.program_id(1) % heads", "head = tl.program_id(1) // heads"),
         ("        queries,\n", "        queries + 1,\n"),
     ],
