@@ -6,6 +6,10 @@ keep their digits; their total is taken before that. There is no mask.
 
 The tensor cores of sm_89 and sm_90 keep fewer than 32 bits while they sum products of 8-bit floats. So the sum over one
 tile of keys is added to a float32 accumulator outside of them: two levels, Zhang et al. 2024, arXiv 2411.10958.
+
+Interpreted, on normal values in float16 with an offset of five deviations in the keys (133 queries, 150 keys of 64
+channels), the relative error against attention in float64 is 5.3e-2. With 3 binary digits each, the scores alone give
+3.8e-2, the weights 2.7e-2 and the values 2.6e-2 (in the reference); `kernels.attention_int8` is four times as near.
 """
 
 from __future__ import annotations

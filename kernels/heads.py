@@ -10,10 +10,9 @@ from torch import Tensor
 
 from kernels.errors import KernelError
 from kernels.language import jit, tl
-from kernels.launch import Descriptor
+from kernels.launch import MOST_PROGRAMS, Descriptor
 
 _CHANNELS = range(16, 129, 8)
-_MOST_HEADS = 65535
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> None:
@@ -65,8 +64,8 @@ def unfit(query: Tensor) -> str | None:
         return f"it takes float16 and bfloat16, not {query.dtype}"
     if channels not in _CHANNELS:
         return f"it takes heads of {_CHANNELS[0]} to {_CHANNELS[-1]} channels, a multiple of 8, not {channels}"
-    if batch * heads > _MOST_HEADS:
-        return f"it takes batch x heads up to {_MOST_HEADS}, not {batch * heads}"
+    if batch * heads > MOST_PROGRAMS:
+        return f"it takes batch x heads up to {MOST_PROGRAMS}, not {batch * heads}"
     return None
 
 
