@@ -11,8 +11,8 @@ Sources: Katharopoulos et al. 2020, arXiv 2006.16236, for the form with any feat
 that makes it. A query all of whose features are zero gets zeros.
 
 Two kernels: one sums the states of spans of tokens, so that few heads still fill the GPU; the other adds up the spans,
-in order, and applies the result. Sums are float32; the state is multiplied in TF32, whose 11 binary digits hold a
-feature of float16 or bfloat16 as it is.
+in order, and applies the result. Sums are float32; the state is rounded to TF32 and multiplied so. Its 11 binary digits
+hold a feature of float16 or bfloat16 as it is.
 """
 
 from __future__ import annotations
@@ -89,6 +89,13 @@ def _state_kernel(
 
 
 @jit
+def _tf32(values: tl.tensor) -> tl.tensor:
+    """Round float32 to the nearest number with 11 binary digits; the tensor cores would cut the others off."""
+    bits = values.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@jit
 def _apply_kernel(
     query: tl.tensor,
     query_strides: tl.tensor,
@@ -119,7 +126,7 @@ def _apply_kernel(
     tile = load_tile(query, query_strides, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False)
     features = tl.maximum(tile.to(tl.float32), 0.0)
     normaliser = tl.sum(features * total[None, :], 1) + epsilon
-    result = tl.dot(features, state, input_precision="tf32") / normaliser[:, None]
+    result = tl.dot(features, _tf32(state), input_precision="tf32") / normaliser[:, None]
     if gate is not None:
         gates = load_tile(
             gate, gate_strides, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False

@@ -67,6 +67,7 @@ def test_kernel_and_reference_agree_with_float64(interpreter: Interpreter, call:
         ("total += tl.sum(features, 0)", "total += tl.sum(features, 0) / 2"),
         ("total += tl.load(totals + index * BLOCK_CHANNELS", "total += tl.load(totals + 0 * BLOCK_CHANNELS"),
         ("+ epsilon\n", "+ 1\n"),
+        ("bits + 0x1000) & -0x2000", "bits + 0x400000) & -0x800000"),
         ("result *= gates.to(tl.float32)", "result *= 1"),
         (
             "head, first, keys, CHANNELS, BLOCK_KEYS, BLOCK_CHANNELS, False)\n        values",
