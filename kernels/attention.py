@@ -106,7 +106,7 @@ def attend(
 
 
 @jit
-def _kernel(
+def _attention(
     query: tl.tensor,
     query_strides: tl.tensor,
     key: tl.tensor,
@@ -316,7 +316,7 @@ def _prepare(
         "WHOLE": keys % block_keys == 0 and key_lengths is None,
         "DESCRIPTORS": descriptors,
     }
-    return Launch(_kernel, (ceiling(queries, block_queries), batch * heads), arguments, chosen), output
+    return Launch(_attention, (ceiling(queries, block_queries), batch * heads), arguments, chosen), output
 
 
 def _case(channels: int, keys: int, dtype: torch.dtype, *, bias: bool = False, lengths: bool = False) -> Case:

@@ -35,7 +35,7 @@ CONFIGURATIONS = {
 
 
 @jit
-def _kernel(
+def _attention_int8(
     query: tl.tensor,
     query_scales: tl.tensor,
     key: tl.tensor,
@@ -165,7 +165,7 @@ def _prepare(
         "WHOLE": keys % chosen.blocks["BLOCK_KEYS"] == 0,
     }
     grid = (ceiling(queries, chosen.blocks["BLOCK_QUERIES"]), batch * heads)
-    return [code_query, code_key, Launch(_kernel, grid, arguments, chosen)], output
+    return [code_query, code_key, Launch(_attention_int8, grid, arguments, chosen)], output
 
 
 def _case(channels: int, tokens: int, dtype: torch.dtype) -> Case:

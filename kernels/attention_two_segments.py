@@ -53,7 +53,7 @@ CONFIGURATIONS = {
 
 
 @jit
-def _kernel(
+def _attention_two_segments(
     query: tl.tensor,
     query_strides: tl.tensor,
     cached_key: tl.tensor,
@@ -293,7 +293,7 @@ def _prepare(
         "WHOLE_FRESH": fresh % block_keys == 0,
         "DESCRIPTORS": descriptors,
     }
-    launch = Launch(_kernel, (ceiling(queries, block_queries), batch * heads), arguments, chosen)
+    launch = Launch(_attention_two_segments, (ceiling(queries, block_queries), batch * heads), arguments, chosen)
     return launch, tensors["output"]
 
 

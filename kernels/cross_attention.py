@@ -38,7 +38,7 @@ _MOST_ELEMENTS = 128 * 128
 
 
 @jit
-def _kernel(
+def _cross_attention(
     query: tl.tensor,
     query_strides: tl.tensor,
     key: tl.tensor,
@@ -167,7 +167,9 @@ def _prepare(
         "BLOCK_CHANNELS": power_of_2(query.shape[3]),
         "BLOCK_KEYS": block_keys,
     }
-    return Launch(_kernel, (ceiling(queries, chosen.blocks["BLOCK_QUERIES"]), batch * heads), arguments, chosen), output
+    return Launch(
+        _cross_attention, (ceiling(queries, chosen.blocks["BLOCK_QUERIES"]), batch * heads), arguments, chosen
+    ), output
 
 
 def _case(channels: int, keys: int, dtype: torch.dtype, *, lengths: bool = False) -> Case:

@@ -141,7 +141,7 @@ def load_tile(
     if DESCRIPTORS:
         tile = source.load([batch, head, first, 0]).reshape(BLOCK_TOKENS, BLOCK_CHANNELS)
     else:
-        start, offsets, inside = _elements(strides, batch, head, first, tokens, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
+        start, offsets, inside = elements(strides, batch, head, first, tokens, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
         tile = tl.load(source + start + offsets, mask=inside, other=0.0)
     return tile
 
@@ -164,12 +164,12 @@ def store_tile(
     if DESCRIPTORS:
         target.store([batch, head, first, 0], tile.to(target.dtype).reshape(1, 1, BLOCK_TOKENS, BLOCK_CHANNELS))
     else:
-        start, offsets, inside = _elements(strides, batch, head, first, tokens, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
+        start, offsets, inside = elements(strides, batch, head, first, tokens, CHANNELS, BLOCK_TOKENS, BLOCK_CHANNELS)
         tl.store(target + start + offsets, tile.to(target.dtype.element_ty), mask=inside)
 
 
 @jit
-def _elements(
+def elements(
     strides: tl.tensor,
     batch: tl.tensor,
     head: tl.tensor,

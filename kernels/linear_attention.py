@@ -57,7 +57,7 @@ APPLY = {
 
 
 @jit
-def _state_kernel(
+def _linear_attention_state(
     key: tl.tensor,
     key_strides: tl.tensor,
     value: tl.tensor,
@@ -89,14 +89,14 @@ def _state_kernel(
 
 
 @jit
-def _tf32(values: tl.tensor) -> tl.tensor:
+def round_to_tf32(values: tl.tensor) -> tl.tensor:
     """Round float32 to the nearest number with 11 binary digits; the tensor cores would cut the others off."""
     bits = values.to(tl.int32, bitcast=True)
     return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @jit
-def _apply_kernel(
+def _linear_attention_apply(
     query: tl.tensor,
     query_strides: tl.tensor,
     gate: tl.tensor,
@@ -126,7 +126,7 @@ def _apply_kernel(
     tile = load_tile(query, query_strides, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False)
     features = tl.maximum(tile.to(tl.float32), 0.0)
     normaliser = tl.sum(features * total[None, :], 1) + epsilon
-    result = tl.dot(features, _tf32(state), input_precision="tf32") / normaliser[:, None]
+    result = tl.dot(features, round_to_tf32(state), input_precision="tf32") / normaliser[:, None]
     if gate is not None:
         gates = load_tile(
             gate, gate_strides, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False
@@ -211,8 +211,8 @@ def _prepare(
     }
     grid = (ceiling(queries, applying.blocks["BLOCK_QUERIES"]), batch * heads)
     launches = [
-        Launch(_state_kernel, (spans, batch * heads), of_state, summing),
-        Launch(_apply_kernel, grid, of_application, applying),
+        Launch(_linear_attention_state, (spans, batch * heads), of_state, summing),
+        Launch(_linear_attention_apply, grid, of_application, applying),
     ]
     return launches, output
 

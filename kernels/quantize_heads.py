@@ -23,7 +23,7 @@ from kernels.quantize import DTYPES, LIMITS, NEEDS, Kind, codes, quantize_refere
 
 
 @jit
-def _group_kernel(
+def _quantize_groups(
     source: tl.tensor,
     source_strides: tl.tensor,
     mean: tl.tensor,
@@ -55,7 +55,7 @@ def _group_kernel(
 
 
 @jit
-def _channel_kernel(
+def _quantize_channels(
     source: tl.tensor,
     source_strides: tl.tensor,
     peaks: tl.tensor,
@@ -138,7 +138,7 @@ def prepare_groups(
         "GROUP": group,
         "BLOCK_CHANNELS": width,
     }
-    launch = Launch(_group_kernel, (groups, batch * heads), arguments, Configuration(warps=group // 16))
+    launch = Launch(_quantize_groups, (groups, batch * heads), arguments, Configuration(warps=group // 16))
     return launch, out, scales
 
 
@@ -170,7 +170,7 @@ def prepare_channels(value: Tensor, kind: Kind, group: int, peaks: Tensor) -> tu
         "GROUP": group,
         "BLOCK_CHANNELS": width,
     }
-    return Launch(_channel_kernel, (groups, batch * heads), arguments, Configuration(warps=group // 16)), out
+    return Launch(_quantize_channels, (groups, batch * heads), arguments, Configuration(warps=group // 16)), out
 
 
 def width_of(channels: int) -> int:
