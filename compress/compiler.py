@@ -24,7 +24,7 @@ from compress.sampler import compile_sampler
 from compress.schedulers import completed
 from compress.store import Store, cache_folder
 from export.step_plan import Segment
-from export.target import Target, target
+from export.target import Target, require_buildable, target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,6 +68,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
 
     Raises:
         RefusedError: the model, a target or a pass refuses; before anything is computed.
+        EngineError: a target is compiled where it runs, and this machine cannot run it.
         RecipeError: a gate bounds what will not be measured.
         PassError: a pass, the export or a measurement broke its promise.
         GateError: a gate was not met; the engine is kept under `rejected/`.
@@ -79,6 +80,8 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
     checked_shapes(original, shapes_of(recipe))
     sample(original, recipe)
     targets = [target(name) for name in recipe.targets]
+    for row in targets:
+        require_buildable(row)
     context = _context(recipe, progress, targets, store)
     _check_gates(recipe)
     _check_evaluate(original, recipe)

@@ -168,17 +168,23 @@ def _targets(found: Findings) -> None:
     for name, target in TARGETS.items():
         here, why = runtime_here(target.backend)
         found.targets[name] = here
-        found.rows.append(Row(f"target {name}", "builds and runs" if here else "builds only", why))
+        without = "builds only" if not target.machine_code else "neither builds nor runs"
+        found.rows.append(Row(f"target {name}", "builds and runs" if here else without, why))
 
 
 def runtime_here(backend: str) -> tuple[bool, str]:
     """Say whether a backend's runtime can be imported, and its version or what is wrong."""
     import importlib
 
+    from export.backends import BACKENDS, available
+
+    package = BACKENDS[backend].package
     try:
-        module = importlib.import_module(backend)
+        module = importlib.import_module(package)
     except ImportError as error:
-        return False, f"{error}; run: pip install '{DISTRIBUTION}[{backend}]'"
+        return False, f"{error}; run: {BACKENDS[backend].install}"
     except Exception as error:
-        return False, f"importing {backend} fails: {type(error).__name__}: {error}"
-    return True, f"{backend} {getattr(module, '__version__', '')}".strip()
+        return False, f"importing {package} fails: {type(error).__name__}: {error}"
+    if not available(backend):
+        return False, "there is no NVIDIA GPU here"
+    return True, f"{package} {getattr(module, '__version__', '')}".strip()

@@ -26,7 +26,7 @@ from compress.progress import Progress
 from compress.prompts import read_prompts
 from compress.report.html import Pictures
 from compress.report.report import Baseline, Curve, Localisation, Plan, Report, Row, Verdict
-from export.backends import available
+from export.backends import available, holds_machine_code
 from export.engine import Engine
 from export.manifest import Manifest, read_manifest
 from export.runtime import Runtime
@@ -193,7 +193,7 @@ def _plain_opener(
     folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="plain-engine-")))
     rows = [row for row in subject.targets if row.name in ready]
     export_engine(subject.original, rows, subject.shapes, folder, store=store, progress=progress)
-    return lambda name, threads: Engine.open(folder, name, threads).runtime
+    return lambda name, threads: Engine.open(folder, name, threads, trusted=True).runtime
 
 
 def _race(
@@ -231,7 +231,7 @@ def _race(
 
 
 def _opened(folder: Path, name: str, threads: int) -> Runtime:
-    return Engine.open(folder, name, threads).runtime
+    return Engine.open(folder, name, threads, trusted=True).runtime
 
 
 def _qualities(
@@ -273,7 +273,7 @@ def _qualities(
         quality.check_changed(before, made[name], f"the pass {name}")
         before = made[name]
     made["compressed"] = before.first(len(few.prompts))
-    reference = partial(_reference_runtime, subject.folder, picked, threads)
+    reference = partial(_reference_runtime, subject, picked, threads)
     made["exported"] = make("exported", f"{digest} exported {picked}", reference, few)
     for name in ready:
         made[name] = make(name, f"{digest} {name}", partial(_opened, subject.folder, name, threads), workload)
@@ -290,10 +290,16 @@ def _dialect(subject: Subject, picked: str) -> str:
     return next(row.dialect for row in subject.targets if row.name == picked)
 
 
-def _reference_runtime(folder: Path, target: str, threads: int = 1) -> Runtime:
-    """The graphs of a target as they were lowered, run by ONNX Runtime node by node, whatever runtime it has."""
+def _reference_runtime(subject: Subject, target: str, threads: int = 1) -> Runtime:
+    """The graphs of a target as they were lowered, run by ONNX Runtime node by node, whatever runtime it has.
+
+    Machine code is compiled from what PyTorch computes, so PyTorch computes it.
+    """
+    folder = subject.folder
     manifest = read_manifest(folder)
     row = manifest.targets[target]
+    if holds_machine_code(row.backend):
+        return subject.compressed.runtime(True, row.dialect)
     options = {name: {"optimization": "none"} for name in row.graphs}
     row = replace(row, backend="onnxruntime", options=options)
     return Engine(folder, replace(manifest, targets={target: row}), target, threads).runtime
@@ -368,7 +374,7 @@ def _curves(subject: Subject, picked: str, workload: Workload, progress: Progres
     reference = quality.trace(_at_the_same_points(subject).runtime(simulate=False), few)
     stages: dict[str, Callable[[], Runtime]] = {
         "compressed": partial(subject.compressed.runtime, True, _dialect(subject, picked)),
-        "exported": partial(_reference_runtime, subject.folder, picked),
+        "exported": partial(_reference_runtime, subject, picked),
         picked: partial(_opened, subject.folder, picked, 1),
     }
     curves = []
@@ -397,7 +403,7 @@ def _localised(
     layers = localise.compare_parts(subject.original, subject.compressed, recorder.inputs, dialect)
     progress("where error enters", 1, 2)
     compressed = subject.compressed.runtime(True, dialect)
-    exported = _reference_runtime(subject.folder, picked)
+    exported = _reference_runtime(subject, picked)
     graphs = {}
     for before, after, title in (
         (compressed, exported, "exported"),
@@ -430,6 +436,8 @@ def _localised(
 
 def _lowered_layer(subject: Subject, picked: str, compressed: Runtime, function: str, few: Workload) -> str | None:
     """Name the layer at which the lowered graph of a function departs from PyTorch; None where none is quantized."""
+    if holds_machine_code(read_manifest(subject.folder).targets[picked].backend):
+        return None
     recorder = localise.Recorder(compressed.functions)
     compressed.altered(functions=recorder.functions).generate(few.texts, list(few.seeds), few.height, few.width)
     module = subject.compressed.modules(True, _dialect(subject, picked))[function]

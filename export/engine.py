@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from export.backends import LoadedGraph, TensorSpec, available, backend
+from export.backends import LoadedGraph, TensorSpec, available, backend, holds_machine_code
 from export.conditioning import PromptError
 from export.errors import EngineError
-from export.loop import Joined
-from export.manifest import STEP_PLAN, Golden, Manifest, TargetEntry, read_manifest, verify_files
+from export.loop import Joined, WholeLoop
+from export.manifest import STEP_PLAN, Golden, Manifest, TargetEntry, read_manifest, sha256_of, verify_files
 from export.runtime import LatentSpec, Runtime, RuntimeInputError
 from export.step_plan import StepPlan, StepPlanError
 from export.tokenizer import Tokenizer, TokenizerError
@@ -43,7 +43,10 @@ class Engine:
         row = manifest.targets[target]
         with _one_sentence(), _sensible_manifest():
             self.plan = StepPlan.from_json((folder / STEP_PLAN).read_text(encoding="utf-8"))
-            graphs = {name: _Graph(folder / path, row, name, threads) for name, path in row.graphs.items()}
+            graphs = {
+                name: _Graph(folder / path, row, name, threads, manifest.files[path].sha256)
+                for name, path in row.graphs.items()
+            }
             self._graphs = graphs
             timestep = self._load_segments(graphs)
             self.runtime = Runtime(
@@ -53,31 +56,37 @@ class Engine:
                 _latent_spec(manifest),
                 {name: Tokenizer.open(folder / path) for name, path in manifest.tokenizers.items()},
                 joined=self._join_paths(graphs),
+                whole_loop=self._whole_loop,
                 timestep_rank=len(timestep.shape),
                 timestep_dtype=timestep.dtype,
             )
 
     @classmethod
-    def open(cls, folder: str | Path, target: str | None = None, threads: int | None = None) -> Engine:
+    def open(
+        cls, folder: str | Path, target: str | None = None, threads: int | None = None, *, trusted: bool = False
+    ) -> Engine:
         """Open an engine folder after verifying that it is whole.
 
-        The segments of the denoiser are loaded now, the parts around it when first used.
+        The segments of the denoiser are loaded now, the parts around it when first used. The hashes show that a folder
+        is whole, not who made it: the graphs of most targets are data, but some targets hold machine code, which can
+        do all that the user may, and is only loaded from a folder that is trusted.
 
         Args:
             folder: with a `manifest.json`.
             target: one the engine was built for; None takes the fastest measured one whose runtime is installed, and
                 where nothing was measured the first.
             threads: to compute with; None leaves the choice to the runtime.
+            trusted: the user's word that the folder was made by somebody who may run programs here.
 
         Raises:
-            EngineError: no engine, another schema version, a missing, changed or foreign file, an unknown target, or
-                a runtime that is not installed.
+            EngineError: no engine, another schema version, a missing, changed or foreign file, an unknown target,
+                a runtime that is not installed, or machine code in a folder that is not trusted.
         """
         if threads is not None and threads < 1:
             raise EngineError(f"threads must be at least 1, not {threads}")
         folder = Path(folder)
         manifest = read_manifest(folder)
-        return cls(folder, manifest, _choose(manifest, target), threads)
+        return cls(folder, manifest, _choose(manifest, target, trusted), threads)
 
     def generate(
         self,
@@ -226,6 +235,11 @@ class Engine:
                 found[path] = Joined(whole, outputs)
         return found
 
+    def _whole_loop(self, plan: StepPlan, latent_input: str, timestep_rank: int) -> WholeLoop | None:
+        """The loop over this engine's segments that the runtime has of its own, if any."""
+        loaded = {name: self._graphs[name].loaded() for name in plan.segments}
+        return backend(self.manifest.targets[self.target].backend).whole_loop(plan, loaded, latent_input, timestep_rank)
+
     def _size(self, name: str, asked: int | None) -> int:
         low, best, high = self.manifest.shapes[name]
         if asked is not None and low == high != asked:
@@ -241,16 +255,20 @@ class Engine:
 
 
 class _Graph:
-    """One function of the engine, loaded when first called."""
+    """One function of the engine, loaded when first called; machine code is hashed again before it is."""
 
-    def __init__(self, path: Path, row: TargetEntry, name: str, threads: int | None) -> None:
-        self._path, self._row, self._name, self._threads = path, row, name, threads
+    def __init__(self, path: Path, row: TargetEntry, name: str, threads: int | None, sha256: str) -> None:
+        self._path, self._row, self._name, self._threads, self._sha256 = path, row, name, threads, sha256
         self._lock = threading.Lock()
         self._loaded: LoadedGraph | None = None
 
     def loaded(self) -> LoadedGraph:
         with self._lock:
             if self._loaded is None:
+                if holds_machine_code(self._row.backend) and sha256_of(self._path) != self._sha256:
+                    raise EngineError(
+                        f"the engine is damaged: {self._path.name} was changed after the engine was opened"
+                    )
                 options = self._row.options.get(self._name, {})
                 self._loaded = backend(self._row.backend).load(self._path, self._threads, options)
             return self._loaded
@@ -279,17 +297,21 @@ def _latent_spec(manifest: Manifest) -> LatentSpec:
     return spec
 
 
-def _choose(manifest: Manifest, target: str | None) -> str:
+def _choose(manifest: Manifest, target: str | None, trusted: bool) -> str:
     names = list(manifest.targets)
-    if target is not None:
-        if target not in names:
-            raise EngineError(f"the engine was not built for {target!r}, but for {', '.join(names)}")
-        return target
-    here = [name for name in names if available(manifest.targets[name].backend)]
-    if not here:
+    if target is not None and target not in names:
+        raise EngineError(f"the engine was not built for {target!r}, but for {', '.join(names)}")
+    here = [name for name in names if available(manifest.targets[name].backend)] if target is None else [target]
+    opened = [name for name in here if trusted or not holds_machine_code(manifest.targets[name].backend)]
+    if here and not opened:
+        raise EngineError(
+            f"the target {here[0]} of this engine is machine code, which could do anything you can: if you built the "
+            "engine yourself, or trust who did, say so with trusted=True (--trusted on the command line)"
+        )
+    if not opened:
         needed = " or ".join(sorted({row.backend for row in manifest.targets.values()}))
         raise EngineError(f"no runtime of this engine is installed: install {needed}")
-    return min(here, key=lambda name: manifest.targets[name].measured.get("latency_ms", float("inf")))
+    return min(opened, key=lambda name: manifest.targets[name].measured.get("latency_ms", float("inf")))
 
 
 @contextlib.contextmanager

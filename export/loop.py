@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +28,7 @@ __all__ = [
     "PartFunction",
     "Revise",
     "Row",
+    "WholeLoop",
     "look_up",
     "noised",
 ]
@@ -54,6 +56,14 @@ class Inpainting:
     image: np.ndarray
     mask: np.ndarray
     noise: np.ndarray
+
+
+class WholeLoop(Protocol):
+    """A runtime's own denoising loop, for runs of which only the last latents are wanted."""
+
+    def run(self, first: np.ndarray, halves: Mapping[bool, Mapping[str, np.ndarray]], draw: Draw) -> np.ndarray:
+        """Run all rows; arguments and result as of `Loop.run`."""
+        ...
 
 
 class Loop:

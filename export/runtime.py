@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from export import conditioning as text
-from export.loop import Inpainting, Joined, Loop, OnStep, PartFunction, Revise, Row, look_up, noised
+from export.loop import Draw, Inpainting, Joined, Loop, OnStep, PartFunction, Revise, Row, WholeLoop, look_up, noised
 from export.noise import INITIAL, noise
 from export.picture import from_pictures, to_pictures
 from export.resample import RISE, fits, level_size
@@ -19,6 +20,7 @@ from export.step_plan import StepPlan, StepPlanError
 
 Prompts = Sequence[Any]
 Conditioning = Mapping[str, np.ndarray]
+LoopFactory = Callable[[StepPlan, str, int], WholeLoop | None]
 NoiseSource = np.ndarray | Callable[[int, tuple[int, ...]], np.ndarray]
 
 
@@ -66,6 +68,7 @@ class Runtime:
         tokenizers: Mapping[str, text.Encodes] | None = None,
         *,
         joined: Mapping[str, Joined] | None = None,
+        whole_loop: LoopFactory | None = None,
         latent_input: str | None = None,
         timestep_rank: int = 1,
         timestep_dtype: str = "float32",
@@ -79,6 +82,8 @@ class Runtime:
             latent: what a latent is.
             tokenizers: by the names in `conditioning`.
             joined: whole paths as one function each, by path name; used where nothing in between is wanted.
+            whole_loop: of (plan, latent input, timestep rank), the loop over the same functions that a runtime has of
+                its own, if it has one; runs where no row is watched, revised or painted into.
             latent_input: the segment input that takes the latent; None takes `sample`, or else `hidden_states`.
             timestep_rank: 1 feeds `timestep` as (batch,), 0 as a scalar.
             timestep_dtype: of `timestep`.
@@ -92,6 +97,7 @@ class Runtime:
         self.plan = plan
         self.functions = dict(functions)
         self.joined = dict(joined or {})
+        self.whole_loop = whole_loop
         self.conditioning = dict(conditioning)
         self.latent = latent
         self.tokenizers = dict(tokenizers or {})
@@ -109,6 +115,7 @@ class Runtime:
             _refuse_spans(plan)
         self.fallbacks = 0
         self._programs: dict[int, tuple[StepPlan, list[Row]]] = {}
+        self._loops: dict[int, WholeLoop | None] = {}
         self._idle_slots: list[Slots] = []
 
     def altered(self, plan: StepPlan | None = None, functions: Mapping[str, PartFunction] | None = None) -> Runtime:
@@ -120,6 +127,7 @@ class Runtime:
             self.latent,
             self.tokenizers,
             joined=self.joined if functions is None else None,
+            whole_loop=self.whole_loop if functions is None else None,
             latent_input=self.latent_input,
             timestep_rank=self._timestep_rank,
             timestep_dtype=self._timestep_dtype.name,
@@ -203,12 +211,14 @@ class Runtime:
         else:
             first = noised(image, start_noise, rows[0].step)
         keep = None if mask is None or image is None else Inpainting(image, mask, start_noise)
+        drawn = partial(_from_row, draw, start)
+        whole = self._whole(start) if keep is None and on_step is None and revise is None else None
+        if whole is not None:
+            return whole.run(first, halves, drawn)
         slots = self._idle_slots.pop() if self._idle_slots else Slots(plan.slots)
         loop = Loop(plan, rows, self.latent_input, self._timestep_rank, self._timestep_dtype, slots)
         try:
-            return loop.run(
-                first, halves, lambda at, want: draw(start + at, want), keep, _shifted(on_step, start), size, revise
-            )
+            return loop.run(first, halves, drawn, keep, _shifted(on_step, start), size, revise)
         finally:
             self.fallbacks += len(loop.fallbacks)
             self._idle_slots.append(slots)
@@ -317,6 +327,13 @@ class Runtime:
                 raise RuntimeInputError(str(error)) from error
             self._programs[start] = plan, look_up(plan, self.functions, self.joined)
         return self._programs[start]
+
+    def _whole(self, start: int) -> WholeLoop | None:
+        if self.whole_loop is None:
+            return None
+        if start not in self._loops:
+            self._loops[start] = self.whole_loop(self._program(start)[0], self.latent_input, self._timestep_rank)
+        return self._loops[start]
 
     def _conditioned(
         self, prompts: Prompts | Conditioning, pixels: tuple[int, int], other: Conditioning | None = None
@@ -428,6 +445,11 @@ def _plain(tensors: Conditioning) -> dict[str, np.ndarray]:
     """The arrays given, real numbers as float32."""
     arrays = {name: np.asarray(value) for name, value in tensors.items()}
     return {name: value.astype(np.float32) if value.dtype.kind == "f" else value for name, value in arrays.items()}
+
+
+def _from_row(draw: Draw, start: int, at: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The draw of a row of a plan that begins at `start`."""
+    return draw(start + at, shape)
 
 
 def _shifted(on_step: OnStep | None, start: int) -> OnStep | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from export.backends import BACKENDS, available, holds_machine_code
 from export.errors import EngineError
 
 Execution = Literal["native", "storage only", "simulated"]
@@ -21,7 +22,7 @@ class Target:
         name: what a recipe calls it.
         device: the kind of hardware.
         backend: the runtime, a key of `export.backends.BACKENDS`.
-        dialect: of the quantized graphs, a key of `export.qdq.DIALECTS`.
+        dialect: of the quantized graphs, a key of `export.qdq.DIALECTS`; of machine code, what it rounds.
         formats: scheme name -> how it runs here; a scheme that is absent cannot be built for this target.
     """
 
@@ -30,6 +31,11 @@ class Target:
     backend: str
     dialect: str
     formats: Mapping[str, Execution]
+
+    @property
+    def machine_code(self) -> bool:
+        """Whether it is built where it runs, because its graphs are compiled there."""
+        return holds_machine_code(self.backend)
 
     @property
     def fast_formats(self) -> tuple[str, ...]:
@@ -49,6 +55,7 @@ _STORED = (
     *("fp8-any-w8a8", "fp4-any-w4a8", "fp4-any-w4a4", "fp6-w6a8", "fp5-w5a8", "fp3-w3a8"),
 )
 """Schemes whose weights a CPU only stores: activations stay in float32."""
+
 
 TARGETS: dict[str, Target] = {
     row.name: row
@@ -78,6 +85,17 @@ TARGETS: dict[str, Target] = {
                 **dict.fromkeys(_STORED, "storage only"),
             },
         ),
+        Target(
+            name="torch-cuda",
+            device="cuda",
+            backend="aotinductor",
+            dialect="onnxruntime",
+            formats={
+                "float32": "native",
+                "bf16": "native",
+                **dict.fromkeys((*_INTEGER, *_STORED), "simulated"),
+            },
+        ),
     )
 }
 
@@ -93,3 +111,22 @@ def target(name: str) -> Target:
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         raise EngineError(f"the target {name!r} is unknown{hint} known targets: {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def require_buildable(row: Target) -> None:
+    """Refuse a target that is built where it runs, on a machine that cannot run it.
+
+    Raises:
+        EngineError: says what is missing, and what to do.
+    """
+    needed = BACKENDS[row.backend]
+    if row.machine_code and row.device == needed.device and not available(row.backend):
+        raise EngineError(
+            f"the target {row.name} is compiled on the machine that runs it, and this one has no NVIDIA GPU that "
+            f"{needed.package} could use: run the same recipe there, or leave the target out"
+        )
+
+
+def portable() -> list[Target]:
+    """The targets that are built on any machine."""
+    return [row for row in TARGETS.values() if not row.machine_code]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from export.errors import ExportError
+from export.tracing import in_one_line, quietly, require_other_sizes, trace
 from export.weights import FILE, Place, PoolWriter, Storage, refer, write_pool
 
 if TYPE_CHECKING:
@@ -67,12 +65,12 @@ def export_module(
 
     from export.half_weights import stand_ins
 
-    _require_other_sizes(name, example_inputs, dynamic_axes, check_inputs)
+    require_other_sizes(name, example_inputs, dynamic_axes, check_inputs)
     module.eval()
-    with torch.no_grad(), _quietly(), stand_ins(module) as halves:
+    with torch.no_grad(), quietly(), stand_ins(module) as halves:
         if halves and pool is None:
             raise ExportError(f"{name} has weights kept as float16, which are written into a pool: give one")
-        program = _capture(name, module, example_inputs, dynamic_axes)
+        program = trace(name, module, example_inputs, dynamic_axes)
         _drop_idle_squeezes(program)
         try:
             written = torch.onnx.export(
@@ -85,7 +83,7 @@ def export_module(
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(f"{name} cannot be lowered to ONNX: {_sentence(error)}") from error
+            raise ExportError(f"{name} cannot be lowered to ONNX: {in_one_line(error)}") from error
         if written is None:
             raise ExportError(f"{name} cannot be lowered to ONNX: the exporter gave no program")
         places = {} if pool is None else _put_weights(written.model, pool, storage, halves)
@@ -102,43 +100,6 @@ def strip_metadata(model: onnx.ModelProto) -> None:
     del model.metadata_props[:]
     for node in model.graph.node:
         del node.metadata_props[:]
-
-
-def _require_other_sizes(
-    name: str,
-    example_inputs: Mapping[str, Tensor],
-    dynamic_axes: Mapping[str, Mapping[int, str]],
-    check_inputs: Mapping[str, Tensor],
-) -> None:
-    if list(example_inputs) != list(check_inputs):
-        raise ExportError(f"{name}: the check inputs are not those of the example")
-    for tensor, axes in dynamic_axes.items():
-        if tensor not in example_inputs:
-            raise ExportError(f"{name} has no input {tensor!r}, which the dynamic axes name")
-        for dimension, axis in axes.items():
-            if example_inputs[tensor].shape[dimension] == check_inputs[tensor].shape[dimension]:
-                raise ExportError(f"{name}: the check inputs have the same {axis} as the example, so prove nothing")
-
-
-def _capture(
-    name: str, module: nn.Module, example_inputs: Mapping[str, Tensor], dynamic_axes: Mapping[str, Mapping[int, str]]
-) -> ExportedProgram:
-    """Trace with anonymous dynamic dimensions, which infer how sizes depend on each other; where that fails (masks
-    whose batch is not seen to be the latent's), with one shared dimension per axis name.
-    """
-    import torch
-    from torch.export import Dim
-
-    anonymous = {tensor: dict.fromkeys(dynamic_axes.get(tensor, {}), Dim.DYNAMIC) for tensor in example_inputs}
-    shared = {axis: Dim(axis) for axes in dynamic_axes.values() for axis in axes.values()}
-    named = {tensor: {d: shared[axis] for d, axis in dynamic_axes.get(tensor, {}).items()} for tensor in example_inputs}
-    failures = []
-    for shapes in (anonymous, named):
-        try:
-            return torch.export.export(module, (), dict(example_inputs), dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            failures.append(error)
-    raise ExportError(f"{name} cannot be traced: {_sentence(failures[0])}") from failures[0]
 
 
 def _drop_idle_squeezes(program: ExportedProgram) -> None:
@@ -246,13 +207,13 @@ def _check(
                 with torch.no_grad():
                     expected = module(**tensors)
             except Exception as error:
-                raise ExportError(f"{name} itself fails at {sizes}: {_sentence(error)}") from error
+                raise ExportError(f"{name} itself fails at {sizes}: {in_one_line(error)}") from error
             expected = expected if isinstance(expected, tuple) else (expected,)
             taken = {value.name for value in session.get_inputs()}
             try:
                 computed = session.run(None, {key: v.numpy() for key, v in tensors.items() if key in taken})
             except Exception as error:
-                raise ExportError(f"the graph of {name} fails at {sizes}: {_sentence(error)}") from error
+                raise ExportError(f"the graph of {name} fails at {sizes}: {in_one_line(error)}") from error
             outputs = [value.name for value in session.get_outputs()]
             if len(outputs) != len(expected):
                 raise ExportError(f"{name} gives {len(expected)} tensors, its graph {len(outputs)}")
@@ -292,22 +253,4 @@ def _session(name: str, model: onnx.ModelProto, folder: Path, pool: PoolWriter |
     try:
         return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"ONNX Runtime does not load the graph of {name}: {_sentence(error)}") from error
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep the tracer's and the exporter's remarks about themselves from the user; errors are raised as ever."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise ExportError(f"ONNX Runtime does not load the graph of {name}: {in_one_line(error)}") from error

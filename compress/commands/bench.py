@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the original; that of the recipe by default")
     parser.add_argument("--target", metavar="NAME", help="time this target only; all that run here by default")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="thread counts (default: 1)")
+    parser.add_argument("--trusted", action="store_true", help="run machine code of the engine: you know who built it")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed runs of each (default: %(default)s)")
     parser.add_argument("--prompt", metavar="TEXT", help="what to draw, or a class")
 
@@ -63,7 +64,9 @@ def _race(
     from compress.measure.original import PipelineCall, open_pipeline
     from export.engine import Engine
 
-    engines = {name: Engine.open(arguments.engine, target=name, threads=threads) for name in names}
+    engines = {
+        name: Engine.open(arguments.engine, target=name, threads=threads, trusted=arguments.trusted) for name in names
+    }
     first = next(iter(engines.values()))
     height, width = (first.manifest.shapes[side][1] for side in ("height", "width"))
     golden = first.manifest.golden

@@ -30,6 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument("--target", metavar="NAME", help="a target of the engine; the best one here by default")
     parser.add_argument("--threads", type=int, metavar="N", help="of the runtime")
+    parser.add_argument("--trusted", action="store_true", help="run machine code of the engine: you know who built it")
     parser.add_argument("--init-image", type=Path, metavar="FILE", help="image-to-image: begin from this picture")
     parser.add_argument("--strength", type=float, metavar="S", help="image-to-image: in (0, 1], 1 keeps nothing (0.8)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="inpainting: white is painted, black is kept")
@@ -46,7 +47,9 @@ def execute(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]
     options = _options(arguments, len(seeds))
     paths = _paths(arguments.out, len(seeds))
     began = time.perf_counter()
-    engine = Engine.open(arguments.engine, target=arguments.target, threads=arguments.threads)
+    engine = Engine.open(
+        arguments.engine, target=arguments.target, threads=arguments.threads, trusted=arguments.trusted
+    )
     opened = time.perf_counter()
     pictures = engine.generate(prompts=prompts, seeds=seeds, **options)
     done = time.perf_counter()

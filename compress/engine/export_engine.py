@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from compress.engine.optimum_layout import write_optimum_layout
+from compress.engine.packages import write_packages
 from compress.errors import PassError, RefusedError
 from compress.model.tokenizers import save_tokenizer
 from compress.progress import Progress, silent
 from compress.store import Store
 from export import conditioning as text
-from export.backends import available, backend
+from export.backends import available, backend, holds_machine_code
 from export.engine import Engine
 from export.errors import EngineError, ExportError
 from export.manifest import STEP_PLAN, Golden, Manifest, TargetEntry
 from export.qdq import DIALECTS, Lowered, LoweringError, lower, require_all
 from export.quant_plan import QuantPlan
-from export.target import Target
+from export.target import Target, require_buildable
 from export.to_onnx import OPSET, export_module, strip_metadata
 from export.tokenizer import FILE as TOKENIZER_FILE
 from export.weights import FILE as POOL_FILE
@@ -57,7 +58,7 @@ ATTENTION_KERNELS = frozenset({"Subgraph"})
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One graph to write: a function of the runtime.
 
     Attributes:
@@ -111,19 +112,24 @@ def export_engine(
 
     Raises:
         RefusedError: a size does not fit the model, or a target does not know a number format of it.
+        EngineError: a target is compiled where it runs, and this machine cannot run it.
         PassError: a graph does not compute what its module does, or its integer layers do not run as integers.
     """
     if model.step_plan is None:
         raise PassError("the model has no step plan yet, so it cannot be exported")
+    for row in targets:
+        require_buildable(row)
     shapes = checked_shapes(model, shapes)
     plan = model.step_plan
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = list(_jobs(model, shapes))
-    dialects = sorted({row.dialect for row in targets}, key=lambda name: (name != "onnxruntime", name))
+    jobs = list(jobs_of(model, shapes))
+    dialects = sorted(
+        {row.dialect for row in targets if not row.machine_code}, key=lambda name: (name != "onnxruntime", name)
+    )
     graphs: dict[str, dict[str, str]] = {dialect: {} for dialect in dialects}
     lowered: dict[tuple[str, str], Lowered] = {}
     pools: dict[str, dict[str, onnx.ModelProto]] = {}
-    for done, job in enumerate(jobs):
+    for done, job in enumerate(jobs if dialects else ()):
         progress("export", done, len(jobs))
         for dialect, (graph, how) in _exported(model, job, dialects, store).items():
             name = job.file if dialect == dialects[0] else f"{job.file}.{dialect}"
@@ -137,14 +143,20 @@ def export_engine(
     _require_all_lowered(model, jobs, lowered)
     for name, models in pools.items():
         write_pool(models, folder / name)
-    run = {path for paths in graphs.values() for path in paths.values()}
+    paths = {
+        row.name: write_packages(model, row, jobs, folder, progress=progress)
+        if row.machine_code
+        else graphs[row.dialect]
+        for row in targets
+    }
+    run = {path for one in paths.values() for path in one.values()}
     run |= {f"{name}/{POOL_FILE}" for name in pools if (folder / name / POOL_FILE).exists()}
     (folder / STEP_PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
     run.add(STEP_PLAN)
     for name, tokenizer in model.tokenizers.items():
         save_tokenizer(tokenizer, folder / name)
         run.add(f"{name}/{TOKENIZER_FILE}")
-    if len(plan.paths) == 1 and len(plan.segments) == 1:
+    if dialects and len(plan.paths) == 1 and len(plan.segments) == 1:
         write_optimum_layout(model, folder)
     for path, content in (files or {}).items():
         (folder / path).write_text(content, encoding="utf-8")
@@ -154,7 +166,7 @@ def export_engine(
         conditioning=model.conditioning,
         tokenizers={name: name for name in model.tokenizers},
         shapes=shapes,
-        targets={row.name: _target_entry(model, row, graphs[row.dialect], jobs) for row in targets},
+        targets={row.name: _target_entry(model, row, paths[row.name], jobs) for row in targets},
         provenance={"model": model.hash(), **(provenance or {})},
     ).sealed(folder, run)
     manifest.write(folder)
@@ -197,7 +209,7 @@ def checked_shapes(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> dict[
     return {**{name: shapes[name] for name in ("batch", "height", "width")}, "prompt_tokens": (low, best, high)}
 
 
-def _jobs(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> Iterator[_Job]:
+def jobs_of(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> Iterator[Job]:
     """Every graph of the engine, the denoiser's segments first."""
     downscale = model.latent["downscale"]
     dynamic = {"batch"} | {name for name, (low, _, high) in shapes.items() if low != high}
@@ -218,10 +230,10 @@ def _jobs(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> Iterator[_Job]
             _part_inputs(part, {**size, "prompt_tokens": size["prompt_tokens"] + extra}) for size in sizes
         )
         axes = _axes(example, check, part.axes, dynamic)
-        yield _Job(name, name, name, "model", part, part.inputs, part.outputs, example, check, axes)
+        yield Job(name, name, name, "model", part, part.inputs, part.outputs, example, check, axes)
 
 
-def _segment_jobs(model: LatentDiffusion, dynamic: set[str], sizes: Sequence[Mapping[str, int]]) -> Iterator[_Job]:
+def _segment_jobs(model: LatentDiffusion, dynamic: set[str], sizes: Sequence[Mapping[str, int]]) -> Iterator[Job]:
     segments = model.segments()
     extra = _extra_tokens(model)
     tensors = [
@@ -232,7 +244,7 @@ def _segment_jobs(model: LatentDiffusion, dynamic: set[str], sizes: Sequence[Map
         example, check = ({name: known[name] for name in segment.inputs} for known in tensors)
         axes = _axes(example, check, model.family.dynamic_axes(), dynamic)
         file = "model" if len(segments) == 1 else segment.name
-        yield _Job(
+        yield Job(
             segment.name,
             "denoiser",
             model.family.part,
@@ -290,7 +302,7 @@ def _axes(
 
 
 def _exported(
-    model: LatentDiffusion, job: _Job, dialects: Sequence[str], store: Store | None
+    model: LatentDiffusion, job: Job, dialects: Sequence[str], store: Store | None
 ) -> dict[str, tuple[onnx.ModelProto, Lowered | None]]:
     """Dialect -> the graph of one function, and how it was lowered; the first one alone where none differs from it.
 
@@ -331,7 +343,7 @@ def _exported(
     return store.fetch(inputs, lambda folder: _write_float_graph(job, folder), lower_all)
 
 
-def _write_float_graph(job: _Job, folder: Path) -> None:
+def _write_float_graph(job: Job, folder: Path) -> None:
     try:
         with PoolWriter(folder) as pool:
             graph = export_module(
@@ -354,7 +366,7 @@ def _content(component: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _lower(graph: onnx.ModelProto, plan: QuantPlan, job: _Job, dialect: str, folder: Path) -> Lowered:
+def _lower(graph: onnx.ModelProto, plan: QuantPlan, job: Job, dialect: str, folder: Path) -> Lowered:
     try:
         return lower(graph, plan, dialect, prefix=f"{job.module.prefix}.", partial=True, folder=folder)
     except LoweringError as error:
@@ -367,7 +379,7 @@ def _computes(plan: QuantPlan, dialects: Sequence[str]) -> bool:
 
 
 def _require_all_lowered(
-    model: LatentDiffusion, jobs: Sequence[_Job], lowered: Mapping[tuple[str, str], Lowered]
+    model: LatentDiffusion, jobs: Sequence[Job], lowered: Mapping[tuple[str, str], Lowered]
 ) -> None:
     """Every layer of every plan must be in some graph, in each dialect that has graphs of its own."""
     for part, plan in model.quant_plans.items():
@@ -379,9 +391,9 @@ def _require_all_lowered(
                 raise PassError(f"{part}: {error}") from error
 
 
-def _target_entry(model: LatentDiffusion, row: Target, graphs: Mapping[str, str], jobs: Sequence[_Job]) -> TargetEntry:
+def _target_entry(model: LatentDiffusion, row: Target, graphs: Mapping[str, str], jobs: Sequence[Job]) -> TargetEntry:
     formats: dict[str, dict[str, str]] = {}
-    options = {}
+    options: dict[str, dict[str, Any]] = {job.function: {"device": row.device} for job in jobs if row.machine_code}
     for job in jobs:
         plan = model.quant_plans.get(job.part)
         if plan is None:
@@ -391,7 +403,7 @@ def _target_entry(model: LatentDiffusion, row: Target, graphs: Mapping[str, str]
             schemes |= {attention.scheme for attention in plan.attentions.values()}
         if plan.inference_precision == "bfloat16":
             schemes.add("bf16")
-            options[job.function] = {"inference_precision": "bfloat16"}
+            options.setdefault(job.function, {})["inference_precision"] = "bfloat16"
         for scheme in sorted(schemes):
             if scheme not in row.formats:
                 raise RefusedError(f"the target {row.name} does not know the number format {scheme} of {job.part}")
@@ -402,7 +414,7 @@ def _target_entry(model: LatentDiffusion, row: Target, graphs: Mapping[str, str]
 def _prove_kernels(
     folder: Path,
     manifest: Manifest,
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     lowered: Mapping[tuple[str, str], Lowered],
     progress: Progress,
 ) -> None:
@@ -413,7 +425,7 @@ def _prove_kernels(
     """
     for name, row in manifest.targets.items():
         planned = [job for job in jobs if (job.function, row.dialect) in lowered]
-        if not planned or not available(row.backend):
+        if not planned or holds_machine_code(row.backend) or not available(row.backend):
             continue
         for done, job in enumerate(planned):
             progress(f"executed kernels of {name}", done, len(planned))

@@ -13,7 +13,7 @@ _ENGINE = """
 import sys
 from export.engine import Engine
 folder, target, threads, prompt, height, width = sys.argv[1:7]
-engine = Engine.open(folder, target=target, threads=int(threads))
+engine = Engine.open(folder, target=target, threads=int(threads), trusted=True)
 engine.generate(prompts=[int(prompt) if prompt.isdigit() else prompt], seeds=[0], height=int(height), width=int(width))
 """
 

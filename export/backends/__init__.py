@@ -8,11 +8,16 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from export.errors import EngineError
+from export.gpu import gpu_here
+
+if TYPE_CHECKING:
+    from export.loop import WholeLoop
+    from export.step_plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Backend(Protocol):
         """Read a graph and its weights.
 
         Args:
-            path: of the `.onnx` file; its weight pool lies beside it.
+            path: of the `.onnx` file, whose weight pool lies beside it, or of the `.pt2` file.
             threads: to compute with; None leaves the choice to the runtime.
             options: of this backend, as the manifest keeps them.
 
@@ -84,6 +89,22 @@ class Backend(Protocol):
         """
         ...
 
+    def whole_loop(
+        self, plan: StepPlan, graphs: Mapping[str, LoadedGraph], latent_input: str, timestep_rank: int
+    ) -> WholeLoop | None:
+        """The denoising loop over loaded segments as one function.
+
+        Args:
+            plan: that it runs.
+            graphs: of its segments, loaded by this backend.
+            latent_input: the segment input that takes the latent.
+            timestep_rank: 1 feeds `timestep` as (batch,), 0 as a scalar.
+
+        Returns:
+            None where this runtime has no such loop, or not for this plan; the reason is logged.
+        """
+        ...
+
     def executed_kernels(
         self, path: Path, inputs: Mapping[str, np.ndarray], options: Mapping[str, Any]
     ) -> dict[str, Kernel]:
@@ -93,22 +114,41 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """A backend: its module here, the package it needs, and what a user types to get that package."""
+    """A backend.
+
+    Attributes:
+        module: of it, here.
+        package: that it needs.
+        install: what a user types to get that package.
+        graphs: how its graphs are written: as data that a runtime compiles, or as machine code, which does whatever it
+            was made to do, and was built for one machine.
+        device: that it needs.
+    """
 
     module: str
     package: str
     install: str
+    graphs: Literal["onnx", "machine code"] = "onnx"
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 BACKENDS: dict[str, Row] = {
     "onnxruntime": Row("export.backends.onnxruntime", "onnxruntime", "pip install onnxruntime"),
     "openvino": Row("export.backends.openvino", "openvino", "pip install 'latent-compress[openvino]'"),
+    "aotinductor": Row("export.backends.aotinductor", "torch", "pip install torch triton", "machine code", "cuda"),
 }
 
 
 def available(name: str) -> bool:
-    """Whether the package of a backend is installed."""
-    return name in BACKENDS and importlib.util.find_spec(BACKENDS[name].package) is not None
+    """Whether the package of a backend is installed, and its device is there."""
+    if name not in BACKENDS or importlib.util.find_spec(BACKENDS[name].package) is None:
+        return False
+    return BACKENDS[name].device == "cpu" or gpu_here()
+
+
+def holds_machine_code(name: str) -> bool:
+    """Whether the graphs of a backend are programs of their own, which are only opened on the user's word."""
+    return name in BACKENDS and BACKENDS[name].graphs == "machine code"
 
 
 def backend(name: str) -> Backend:

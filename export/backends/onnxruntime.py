@@ -7,13 +7,17 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 
 from export.backends import Kernel, LoadedGraph, TensorSpec, check_options, feeds
 from export.errors import EngineError
+
+if TYPE_CHECKING:
+    from export.loop import WholeLoop
+    from export.step_plan import StepPlan
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "inference_precision": ("float32", "bfloat16"),
@@ -66,6 +70,13 @@ def load(path: Path, threads: int | None, options: Mapping[str, Any]) -> _Sessio
 
 def joined(graphs: Sequence[LoadedGraph], outputs: Sequence[str]) -> LoadedGraph | None:
     """Never: sessions hand tensors over in the layout they compute in."""
+    return None
+
+
+def whole_loop(
+    plan: StepPlan, graphs: Mapping[str, LoadedGraph], latent_input: str, timestep_rank: int
+) -> WholeLoop | None:
+    """Never: the updates between network calls cost nothing on a CPU."""
     return None
 
 

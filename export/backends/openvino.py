@@ -8,13 +8,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino
 
 from export.backends import Kernel, LoadedGraph, TensorSpec, check_options, feeds
 from export.errors import EngineError
+
+if TYPE_CHECKING:
+    from export.loop import WholeLoop
+    from export.step_plan import StepPlan
 
 OPTIONS: dict[str, tuple[Any, ...]] = {"inference_precision": ("float32", "bfloat16")}
 """What the float part of a graph is computed in."""
@@ -131,6 +135,13 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise EngineError(f"OpenVINO cannot load {name}: {_sentence(error)}") from error
+
+
+def whole_loop(
+    plan: StepPlan, graphs: Mapping[str, LoadedGraph], latent_input: str, timestep_rank: int
+) -> WholeLoop | None:
+    """Never: the updates between network calls cost nothing on a CPU."""
+    return None
 
 
 def executed_kernels(path: Path, inputs: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> dict[str, Kernel]:
