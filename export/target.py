@@ -127,6 +127,6 @@ def require_buildable(row: Target) -> None:
         )
 
 
-def portable() -> list[Target]:
+def built_anywhere() -> list[Target]:
     """The targets that are built on any machine."""
     return [row for row in TARGETS.values() if not row.machine_code]

@@ -1,4 +1,4 @@
-"""The loop on a device computes what the ordinary loop does: random plans, real denoisers, and plans it does not take."""
+"""The loop on a device computes what the ordinary loop does: random plans, real denoisers; others it does not take."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def looped(functions: Mapping[str, PartFunction], made: list[DeviceLoop]) -> Cal
 
     def factory(plan: StepPlan, latent_input: str, rank: int) -> WholeLoop:
         inputs = {name for segment in plan.segments.values() for name in segment.inputs}
-        dtypes = dict.fromkeys(inputs, torch.float32)
+        dtypes = {name: torch.int64 if name == "class_labels" else torch.float32 for name in inputs}
         on_tensors = {name: over_tensors(functions[name]) for name in plan.segments}
         made.append(DeviceLoop(plan, on_tensors, latent_input, rank, dtypes, CPU))
         return made[-1]

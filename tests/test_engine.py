@@ -20,10 +20,10 @@ from compress.store import Store
 from export.backends import available
 from export.engine import Engine, EngineError, relative_error
 from export.manifest import FILE, Manifest, sha256_of
-from export.target import TARGETS
+from export.target import built_anywhere
 from tests import tiny_engine as toy
 
-HERE = [name for name, row in TARGETS.items() if available(row.backend)]
+HERE = [row.name for row in built_anywhere() if available(row.backend)]
 PROMPTS = ["a red circle", "small blue square on the left"]
 
 on_every_target = pytest.mark.parametrize("target", HERE)
@@ -327,7 +327,7 @@ def test_the_fastest_measured_target_is_the_default(tiny_engine: Path, tmp_path:
 
 
 def test_what_does_not_fit_the_model_is_refused_before_any_export(model: LatentDiffusion, tmp_path: Path) -> None:
-    rows = list(TARGETS.values())
+    rows = built_anywhere()
     with pytest.raises(RefusedError, match=r"shapes\.height: 18 is no multiple of 4 pixels"):
         export_engine(model, rows, {**toy.SHAPES, "height": (16, 18, 18)}, tmp_path / "engine")
     with pytest.raises(RefusedError, match="padded to 12 tokens"):
@@ -353,4 +353,4 @@ def test_a_model_without_a_plan_is_our_fault(tiny_folder: Callable[[str], Path],
     from compress.model.latent_diffusion import load
 
     with pytest.raises(PassError, match="no step plan"):
-        export_engine(load(tiny_folder("unet")), list(TARGETS.values()), toy.SHAPES, tmp_path / "engine")
+        export_engine(load(tiny_folder("unet")), built_anywhere(), toy.SHAPES, tmp_path / "engine")
