@@ -29,7 +29,6 @@ DeviceFunction = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 RECORDINGS = 2
 """Sets of shapes whose buffers, and CUDA graph, are kept at a time."""
 
-_ALIGNED = 16  # bytes; compiled code assumes of its inputs what was true of the example
 _PARTS = {"conditional": ("conditional",), "both": ("both",), "sequential": ("unconditional", "conditional")}
 _LOG = logging.getLogger("export")
 
@@ -183,7 +182,7 @@ class _Recording:
         time = self._state.timestep.to(self._loop.dtypes["timestep"])
         latent = self._state.network_input[part]
         tensors["timestep"] = time.repeat(len(latent)) if self._loop.timestep_rank else time[0]
-        tensors[self._loop.latent_input] = latent if latent.data_ptr() % _ALIGNED == 0 else latent.clone()
+        tensors[self._loop.latent_input] = latent
         return tensors
 
     def _part(self, kind: str) -> slice:
@@ -214,7 +213,7 @@ class _Recording:
             return value[:samples]
         if read.mean and not row.both:
             return ((value[:samples].float() + value[samples:].float()) * 0.5).to(value.dtype)
-        return value[samples:].contiguous()
+        return value[samples:]
 
     def _own(self, value: Tensor) -> Tensor:
         """A tensor that stays as it is: the latent that a segment hands on changes with the row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from export.step_plan import StepPlan, StepPlanError
 
 Prompts = Sequence[Any]
 Conditioning = Mapping[str, np.ndarray]
+_LOG = logging.getLogger("export")
+
 LoopFactory = Callable[[StepPlan, str, int], WholeLoop | None]
 NoiseSource = np.ndarray | Callable[[int, tuple[int, ...]], np.ndarray]
 
@@ -212,7 +215,10 @@ class Runtime:
             first = noised(image, start_noise, rows[0].step)
         keep = None if mask is None or image is None else Inpainting(image, mask, start_noise)
         drawn = partial(_from_row, draw, start)
-        whole = self._whole(start) if keep is None and on_step is None and revise is None else None
+        watched = keep is not None or on_step is not None or revise is not None
+        whole = None if watched else self._whole(start)
+        if watched and self.whole_loop is not None:
+            _LOG.info("the loop runs row by row: rows are watched, revised or painted into")
         if whole is not None:
             return whole.run(first, halves, drawn)
         slots = self._idle_slots.pop() if self._idle_slots else Slots(plan.slots)

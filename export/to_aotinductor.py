@@ -133,8 +133,9 @@ def _moved(module: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _cast(inputs: Mapping[str, Tensor], device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Contiguous, since a package takes the strides it was traced with: an output of a segment can be a view."""
     return {
-        name: value.to(device, dtype if value.dtype == torch.float32 and name not in KEPT else value.dtype)
+        name: value.to(device, dtype if value.dtype == torch.float32 and name not in KEPT else value.dtype).contiguous()
         for name, value in inputs.items()
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -27,9 +28,11 @@ from export.errors import EngineError, ExportError
 from export.gpu import gpu_here
 from export.manifest import read_manifest
 from export.quant_plan import QuantPlan
+from export.step_plan import Gate
 from export.target import TARGETS, require_buildable
 from export.to_aotinductor import build_package, trace_module
 from tests import tiny_engine as toy
+from tests.test_gate import gated_plan
 
 ROOT = Path(__file__).parent.parent
 CUDA = TARGETS["torch-cuda"]
@@ -189,6 +192,15 @@ def test_a_package_of_another_pytorch_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(loader, "load_metadata_from_package", lambda path, name: {"latent_compress": said})
     with pytest.raises(EngineError, match=r"compiled by torch 1\.0.*build the engine again"):
         aotinductor.load(tmp_path / "a.pt2", None, {"device": "cpu"})
+
+
+def test_a_gated_plan_takes_the_ordinary_loop_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    from export.backends import aotinductor
+
+    plan = gated_plan(Gate("skip", 0.5, 3), 0)
+    with caplog.at_level(logging.WARNING, "export"):
+        assert aotinductor.whole_loop(plan, {}, "sample", 1) is None
+    assert "row by row, with one CUDA graph per segment: a gate decides while it runs" in caplog.text
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from export.device_loop import RECORDINGS, DeviceLoop, obstacle
 from export.loop import WholeLoop
 from export.program import PartFunction
 from export.step_plan import Gate, Slot, Step, StepPlan
+from kernels.dispatch import Mode
+from tests.interpreted import Interpreter
 from tests.plain import FUNCTIONS, SPLIT_FUNCTIONS, given, over_numpy, random_plan, sampled
 from tests.test_gate import gated_plan
 from tests.test_guidance import sequential
@@ -41,25 +44,29 @@ def over_tensors(function: PartFunction) -> Callable[[Mapping[str, Tensor]], dic
     return call
 
 
-def looped(functions: Mapping[str, PartFunction], made: list[DeviceLoop]) -> Callable[[StepPlan, str, int], WholeLoop]:
+def looped(
+    functions: Mapping[str, PartFunction], made: list[DeviceLoop], mode: Mode | None = None
+) -> Callable[[StepPlan, str, int], WholeLoop]:
     """What makes device loops over NumPy functions; `made` gains them."""
 
     def factory(plan: StepPlan, latent_input: str, rank: int) -> WholeLoop:
         inputs = {name for segment in plan.segments.values() for name in segment.inputs}
         dtypes = {name: torch.int64 if name == "class_labels" else torch.float32 for name in inputs}
         on_tensors = {name: over_tensors(functions[name]) for name in plan.segments}
-        made.append(DeviceLoop(plan, on_tensors, latent_input, rank, dtypes, CPU))
+        made.append(DeviceLoop(plan, on_tensors, latent_input, rank, dtypes, CPU, mode))
         return made[-1]
 
     return factory
 
 
-def both(plan: StepPlan, functions: Mapping[str, PartFunction] = FUNCTIONS, **more: Any) -> tuple[np.ndarray, ...]:
+def both(
+    plan: StepPlan, functions: Mapping[str, PartFunction] = FUNCTIONS, mode: Mode | None = None, **more: Any
+) -> tuple[np.ndarray, ...]:
     """Latents of the ordinary loop, and of the one on the device."""
     assert obstacle(plan) is None
     made: list[DeviceLoop] = []
     ordinary = sampled(over_numpy(plan, functions), SEEDS, **more)
-    device = over_numpy(plan, functions, whole_loop=looped(functions, made))
+    device = over_numpy(plan, functions, whole_loop=looped(functions, made, mode))
     got = sampled(device, SEEDS, **more)
     assert made, "the ordinary loop ran"
     return ordinary, got
@@ -82,6 +89,17 @@ def test_guidance_one_half_after_the_other(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_spans(seed: int) -> None:
     assert close(*both(split_plan(seed, ROWS), SPLIT_FUNCTIONS))
+
+
+def difference(_: ModuleType, seed: int) -> float:
+    """Of the loop with the fused step as a kernel."""
+    ordinary, got = both(random_plan(seed, ROWS), mode="triton")
+    return float(np.abs(ordinary - got).max() / np.abs(ordinary).max())
+
+
+@pytest.mark.parametrize("seed", [1, 10])
+def test_the_kernel_makes_the_updates(interpreter: Interpreter, seed: int) -> None:
+    assert interpreter.run(difference, "denoise_step", seed=seed) <= 1e-5
 
 
 @pytest.mark.parametrize("row", [1, 5])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.errors import PassError
+from compress.errors import PassError, RefusedError
 from compress.progress import Progress, silent
 from export.errors import ExportError
 from export.target import Target
@@ -52,8 +52,13 @@ def write_packages(
         progress: receives what is done.
 
     Raises:
+        RefusedError: the target is a GPU, and this PyTorch has no CUDA.
         PassError: a function cannot be traced or compiled, or its program computes something else.
     """
+    if row.device == "cuda" and not torch.cuda.is_available():
+        raise RefusedError(
+            f"this PyTorch ({torch.__version__}) has no CUDA, which {row.name} needs: install one that has"
+        )
     modules = model.modules(True, row.dialect)
     paths = {}
     for done, job in enumerate(jobs):

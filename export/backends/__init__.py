@@ -135,7 +135,9 @@ class Row:
 BACKENDS: dict[str, Row] = {
     "onnxruntime": Row("export.backends.onnxruntime", "onnxruntime", "pip install onnxruntime"),
     "openvino": Row("export.backends.openvino", "openvino", "pip install 'latent-compress[openvino]'"),
-    "aotinductor": Row("export.backends.aotinductor", "torch", "pip install torch triton", "machine code", "cuda"),
+    "aotinductor": Row(
+        "export.backends.aotinductor", "torch", "pip install 'latent-compress[gpu]'", "machine code", "cuda"
+    ),
 }
 
 

@@ -29,6 +29,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {"device": ("cuda", "cpu"), "inference_pre
 FORMS = 2
 """Sets of input shapes whose CUDA graph is kept, of each package."""
 
+_ALIGNED = 16  # bytes
 _MODEL = "model"  # the name that AOTInductor gives the one model of a package
 _LOG = logging.getLogger("export")
 
@@ -43,7 +44,7 @@ class _Package:
         self.outputs: Mapping[str, TensorSpec] = {key: _spec(*value) for key, value in said["outputs"].items()}
         self._name, self._runner = name, runner
         self._forms: OrderedDict[Any, _Form] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = feeds(arrays, self.inputs)
@@ -56,7 +57,8 @@ class _Package:
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on tensors of this package's device and dtypes; waits for nothing."""
-        computed = self._runner(**{name: tensors[name] for name in self.inputs})
+        with self._lock:
+            computed = self._runner(**{name: _as_traced(tensors[name]) for name in self.inputs})
         return dict(zip(self.outputs, computed, strict=True))
 
     def _computed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,6 +163,12 @@ def _metadata(path: Path, device: torch.device) -> Mapping[str, Any]:
         if built not in (f"{major}{minor}", f"{major}.{minor}"):
             raise EngineError(f"{path.name} was compiled for sm_{built}, and this GPU is sm_{major}{minor}: {again}")
     return said
+
+
+def _as_traced(value: Tensor) -> Tensor:
+    """Contiguous and aligned, as what a package was traced with: its code relies on both."""
+    value = value.contiguous()
+    return value if value.data_ptr() % _ALIGNED == 0 else value.clone()
 
 
 def _spec(dtype: str, shape: Sequence[int | None]) -> TensorSpec:

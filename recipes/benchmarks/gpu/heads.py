@@ -16,7 +16,7 @@ from kernels.attention_int8 import attention_int8
 from kernels.attention_two_segments import attention_two_segments
 from kernels.cross_attention import cross_attention
 from kernels.linear_attention import linear_attention
-from recipes.benchmarks.gpu.bench import Bar, Bench, Row
+from recipes.benchmarks.gpu.bench import Bar, Bench, Row, judged
 from recipes.benchmarks.gpu.shapes import SEQUENCES, TEXT, TINY_SEQUENCES, Tokens
 
 BACKENDS = {
@@ -50,8 +50,6 @@ def _own(bench: Bench, shape: Tokens) -> Iterator[Row]:
             name, shape.model, _said(shape), {"ours": call, **peers}, **_cost(shape, shape.tokens), truth=truth
         )
         if bar is not None and "8" in name and "best_peer" in row:
-            from recipes.benchmarks.gpu.bench import judged
-
             best = {"best of torch": row["ms"][row["best_peer"]], **row["ms"]}
             row |= judged({**row, "ms": best}, bar)
         yield row
