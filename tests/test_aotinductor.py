@@ -228,5 +228,5 @@ def test_a_whole_engine_of_packages_samples_as_the_ordinary_loop_does(
     path = folder / manifest.targets["torch-cpu"].graphs["vae_decoder"]
     opened = Engine.open(folder, "torch-cpu", 1, trusted=True)
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(EngineError, match="was changed after it was opened"):
+    with pytest.raises(EngineError, match="was changed after the engine was opened"):
         opened.decode(latents)
