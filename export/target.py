@@ -24,6 +24,7 @@ class Target:
         backend: the runtime, a key of `export.backends.BACKENDS`.
         dialect: of the quantized graphs, a key of `export.qdq.DIALECTS`; of machine code, what it rounds.
         formats: scheme name -> how it runs here; a scheme that is absent cannot be built for this target.
+        operators: whether its graphs keep `torch.ops.latent.*`, which the pass `fuse` makes denoisers call.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target:
     backend: str
     dialect: str
     formats: Mapping[str, Execution]
+    operators: bool = False
 
     @property
     def machine_code(self) -> bool:

@@ -25,7 +25,7 @@ FAMILIES = ["unet", "sd3", "dit", "pixart", "flux", "sdxl"]
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 UNKNOWN_LAYOUT = json.dumps(
     {
-        "schema_version": 3,
+        "schema_version": 4,
         "layout": {
             "slots": {"deep": {"tensor": "nowhere"}},
             "paths": {"full": {"read": [], "write": ["deep"]}, "shallow": {"read": ["deep"], "write": []}},
@@ -642,7 +642,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     # our own state
     "state is no JSON": ("unet", text(STATE_FILE, "nonsense"), "not valid JSON"),
     "state of the future": ("unet", text(STATE_FILE, '{"schema_version": 99}'), "schema version 99"),
-    "state without plans": ("unet", text(STATE_FILE, '{"schema_version": 3, "layout": null}'), "cannot be read"),
+    "state without plans": ("unet", text(STATE_FILE, '{"schema_version": 4, "layout": null}'), "cannot be read"),
     "state of an unknown layout": ("unet", text(STATE_FILE, UNKNOWN_LAYOUT), "which no unit of the denoiser computes"),
 }
 

@@ -177,7 +177,11 @@ PLACES = {
     "the start of a scheduler": ("DDIMScheduler", "UniPC", "(did you mean 'UniPCMultistepScheduler'?)"),
     "a scheme": ("int8-w8a8", "int8-w8a7", ":8: passes[0].quantize.scheme: 'int8-w8a7' is not a scheme; known: "),
     "a nearest scheme": ("int8-w8a8", "int8-w8a7", "(did you mean 'int8-w8a8'?)"),
-    "a pass": ("  - cache:", "  - cash:", ":9: passes[1].cash: 'cash' is not a pass; known: quantize, solver, cache"),
+    "a pass": (
+        "  - cache:",
+        "  - cash:",
+        ":9: passes[1].cash: 'cash' is not a pass; known: quantize, solver, cache, fuse",
+    ),
     "a field two lines down": (
         "      interval: 2",
         "      interval: x",

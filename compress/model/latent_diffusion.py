@@ -25,9 +25,9 @@ from export.quant_plan import QuantPlan
 from export.runtime import LatentSpec, Runtime
 from export.step_plan import StepPlan
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 STATE_FILE = "compress.json"
-"""What a saved model knows beyond a diffusers folder: layout, step plan, quantization plans, provenance."""
+"""What a saved model knows beyond a diffusers folder: layout, step plan, quantization plans, fusions, provenance."""
 ARRAYS_FILE = "compress.safetensors"
 """The numbers of its quantization plans."""
 
@@ -67,6 +67,7 @@ class LatentDiffusion:
         step_plan: the compiled sampler; None until there is one.
         layout: how the denoiser is segmented; None is one segment.
         quant_plans: part -> which layers compute in integers; names are those of modules of the component.
+        fusions: module path in the denoiser -> the pattern it is fused by, see `compress.fusion`.
         provenance: what was done to the model, oldest first.
     """
 
@@ -82,6 +83,7 @@ class LatentDiffusion:
     step_plan: StepPlan | None = None
     layout: Layout | None = None
     quant_plans: dict[str, QuantPlan] = field(default_factory=dict)
+    fusions: dict[str, str] = field(default_factory=dict)
     provenance: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -96,9 +98,14 @@ class LatentDiffusion:
             "multiple": self.family.latent_multiple(self.denoiser),
         }
 
-    def segments(self) -> list[DenoiserSegment]:
-        """The denoiser as laid out, over its own weights."""
-        return self.family.segments(self.denoiser, self.layout).segments
+    def segments(self, *, fused: bool = False) -> list[DenoiserSegment]:
+        """The denoiser as laid out, over its own weights; fused, its modules call our operators where it is planned."""
+        denoiser = self.denoiser
+        if fused and self.fusions:
+            from compress.fusion.fused import fused as fused_twin
+
+            denoiser = fused_twin(denoiser, self.fusions)
+        return self.family.segments(denoiser, self.layout).segments
 
     def parts(self) -> dict[str, Network]:
         """Every network behind a fixed signature, over its own weights.
@@ -165,7 +172,7 @@ class LatentDiffusion:
         return digest.hexdigest()
 
     def state_hash(self) -> str:
-        """SHA-256 over everything a pass can change: weights, layout, step plan, quantization plans."""
+        """SHA-256 over everything a pass can change: weights, layout, step plan, quantization plans, fusions."""
         state, arrays = self._state()
         del state["provenance"]
         digest = hashlib.sha256(_canonical([self.hash(), state]))
@@ -240,6 +247,7 @@ class LatentDiffusion:
             "layout": None if self.layout is None else self.layout.to_dict(),
             "step_plan": None if self.step_plan is None else json.loads(self.step_plan.to_json()),
             "quant_plans": plans,
+            "fusions": self.fusions,
             "conditioning": self.conditioning,
             "provenance": self.provenance,
         }
@@ -286,6 +294,8 @@ def _restore(model: LatentDiffusion, folder: Path) -> None:
         plans = state["quant_plans"].items()
         arrays = load_file(folder / ARRAYS_FILE) if plans else {}
         model.quant_plans = {name: QuantPlan.from_json(json.dumps(plan), arrays) for name, plan in plans}
+        model.fusions = dict(state["fusions"])
+        model.segments(fused=True)
         model.conditioning = dict(state["conditioning"])
         model.provenance = list(state["provenance"])
 

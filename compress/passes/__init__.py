@@ -11,6 +11,7 @@ _CLASSES = {
     "quantize": "compress.passes.quantize:Quantize",
     "solver": "compress.passes.solver:Solver",
     "cache": "compress.passes.cache:Cache",
+    "fuse": "compress.passes.fuse:Fuse",
 }
 
 

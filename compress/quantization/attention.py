@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from compress.errors import PassError
 from export.quant_plan import AttentionQuant
+from kernels import operators as operators  # registers torch.ops.latent
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From query and key, both (batch, heads, tokens, head channels), to what is attended with instead."""
@@ -100,7 +101,7 @@ class _Intercepted(TorchFunctionMode):
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
+        if func in (functional.scaled_dot_product_attention, torch.ops.latent.attention.default):
             named = dict(zip(("query", "key"), args, strict=False)) | kwargs
             kwargs = {name: value for name, value in kwargs.items() if name not in ("query", "key")}
             args = (*self._change(named["query"], named["key"]), *args[2:])

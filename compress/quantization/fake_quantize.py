@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from compress.errors import PassError
 from compress.quantization.attention import intercept, rounding
 from compress.quantization.rounding import round_input, round_weight
 from compress.quantization.transforms import InputTransform, product, weight_of
+from compress.twin import twin
 from export.qdq import DIALECTS, HALVED
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 
@@ -27,8 +27,7 @@ def fake_quantized(module: nn.Module, plan: QuantPlan, *, dialect: str | None = 
     Raises:
         PassError: a layer of the plan is not in the module, or of another kind.
     """
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    quantized = copy.deepcopy(module, shared)
+    quantized = twin(module)
     for name, quant in plan.layers.items():
         layer = _submodule(quantized, name)
         if not isinstance(layer, nn.Conv2d if quant.op == "conv" else nn.Linear):
