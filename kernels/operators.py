@@ -18,6 +18,7 @@ from kernels import gelu as gelu_rows
 from kernels import gemm_w8a8 as gemm_rows
 from kernels import group_norm_silu as group_norm_pixels
 from kernels import quantize as quantize_rows
+from kernels import rms_norm as rms_norm_rows
 from kernels.errors import KernelError
 from kernels.quantize import DTYPES, Kind, Quantized
 
@@ -88,6 +89,26 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -
 def _layout(x: Tensor) -> torch.memory_format:
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
+
+
+@custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """See `kernels.rms_norm`; heads stay where they lie as (batch, tokens, heads, channels) in memory."""
+    if _heads(x):
+        return rms_norm_rows.rms_norm(x.transpose(1, 2), weight, eps).transpose(1, 2)
+    return rms_norm_rows.rms_norm(x.contiguous(), weight, eps)
+
+
+@register_fake(f"{NAMESPACE}::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    if _heads(x):
+        return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
+def _heads(x: Tensor) -> bool:
+    """Whether a tensor is (batch, heads, tokens, channels) seen in what a projection made."""
+    return x.ndim == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
 
 
 @custom_op(f"{NAMESPACE}::quantize", mutates_args=())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.library import opcheck
 
-from kernels import adaln, attention, gated_residual, gelu, gemm_w8a8, group_norm_silu, operators, quantize
+from kernels import adaln, attention, gated_residual, gelu, gemm_w8a8, group_norm_silu, operators, quantize, rms_norm
 from kernels.errors import KernelError
 
 
@@ -65,6 +65,12 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], Callable[[], Any]]] = {
         operators.group_norm_silu,
         (PICTURE.mT, *WEIGHT, 4, 1e-5),
         lambda: group_norm_silu.group_norm_silu(PICTURE.mT, NORM),
+    ),
+    "rms norm": (operators.rms_norm, (SPLIT, X[0, 0], 0.1), lambda: rms_norm.rms_norm(SPLIT, X[0, 0], 0.1)),
+    "rms norm of heads": (
+        operators.rms_norm,
+        (heads(5, 0), X[0, 0, :16], 0.1),
+        lambda: rms_norm.rms_norm(heads(5, 0).contiguous(), X[0, 0, :16], 0.1),
     ),
     "quantize": (operators.quantize, (SPLIT, "int8"), lambda: quantize.quantize(SPLIT, "int8")),
     "quantize, fp8": (operators.quantize, (X, "fp8"), lambda: quantize.quantize(X, "fp8")),
@@ -124,7 +130,7 @@ class Block(nn.Module):
         tokens = hidden.flatten(2).transpose(1, 2)
         shift, scale, gate = modulation.chunk(3, dim=1)
         modulated = operators.adaln(tokens, shift, scale)
-        split = modulated.unflatten(2, (2, 4)).transpose(1, 2)
+        split = operators.rms_norm(modulated.unflatten(2, (2, 4)).transpose(1, 2), self.weight[:4])
         attended = operators.attention(split, split, split).transpose(1, 2).flatten(2)
         tokens = operators.gated_residual(tokens, gate, attended)
         rounded = operators.quantize(operators.gelu(torch.cat([tokens, tokens], dim=2), gated=True), "int8")

@@ -1,4 +1,4 @@
-"""Kernels over whole rows of channels, against float64: quantize, adaln, gated residual, GELU and GEGLU."""
+"""Kernels over whole rows of channels, against float64: quantize, adaln, RMS norm, gated residual, GELU and GEGLU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import adaln, gated_residual, gelu, quantize
+from kernels import adaln, gated_residual, gelu, quantize, rms_norm
 from kernels.errors import KernelError
 from tests.interpreted import Interpreter, guarded, relative_error
 
@@ -59,6 +59,12 @@ def of_gated_residual(op: ModuleType, dtype: str, mode: str = "triton") -> float
     return relative_error(op.gated_residual(x, gate, y, mode=mode), truth)
 
 
+def of_rms_norm(op: ModuleType, dtype: str, mode: str = "triton") -> float:
+    x, weight = randn(3, 5, 37, seed=0, dtype=dtype), randn(37, seed=1, dtype=dtype)
+    truth = x.double() / (x.double().square().mean(dim=-1, keepdim=True) + 0.1).sqrt() * weight.double()
+    return relative_error(op.rms_norm(x, weight, 0.1, mode=mode), truth)
+
+
 def of_gelu(
     op: ModuleType, dtype: str, gated: bool, tanh: bool, kind: str | None = None, mode: str = "triton"
 ) -> float:
@@ -78,6 +84,7 @@ RUNS: list[tuple[Any, ModuleType, dict[str, Any]]] = [
     *((of_adaln, adaln, {"dtype": dtype}) for dtype in ("float32", "float16", "bfloat16")),
     (of_adaln, adaln, {"dtype": "float32", "channels": 64}),
     *((of_adaln, adaln, {"dtype": "bfloat16", "kind": kind}) for kind in ("int8", "fp8")),
+    *((of_rms_norm, rms_norm, {"dtype": dtype}) for dtype in ("float32", "float16", "bfloat16")),
     *((of_gated_residual, gated_residual, {"dtype": dtype}) for dtype in ("float32", "float16", "bfloat16")),
     *((of_gelu, gelu, {"dtype": "float32", "gated": gated, "tanh": tanh}) for gated in (0, 1) for tanh in (0, 1)),
     *((of_gelu, gelu, {"dtype": "bfloat16", "gated": True, "tanh": False, "kind": kind}) for kind in ("int8", "fp8")),
@@ -110,6 +117,10 @@ def test_kernel_and_definition_agree_with_float64(
         ("adaln", "tl.minimum(row, rows - 1) // tokens", "row // tokens", of_adaln, {}),
         ("adaln", "tl.minimum(row, rows - 1) // tokens", "row % 3", of_adaln, {}),
         ("adaln", "channels, scale_stride)", "channels, channels)", of_adaln, {}),
+        ("rms_norm", "/ channels + eps", "/ channels", of_rms_norm, {}),
+        ("rms_norm", "/ channels + eps", "/ BLOCK + eps", of_rms_norm, {}),
+        ("rms_norm", "mask=column < channels, other=0.0", "mask=None", of_rms_norm, {}),
+        ("rms_norm", " * factor[None, :]", "", of_rms_norm, {}),
         ("gated_residual", "tl.minimum(row, rows - 1) // tokens", "row // tokens", of_gated_residual, {}),
         ("gated_residual", "tl.minimum(row, rows - 1) // tokens", "row * 0", of_gated_residual, {}),
         ("gated_residual", "channels, channels) + branch", "channels, channels) - branch", of_gated_residual, {}),

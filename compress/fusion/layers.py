@@ -10,6 +10,7 @@ from diffusers.models.normalization import (
     AdaLayerNormContinuous,
     AdaLayerNormZero,
     AdaLayerNormZeroSingle,
+    RMSNorm,
     SD35AdaLayerNormZeroX,
 )
 from diffusers.models.resnet import ResnetBlock2D
@@ -19,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from kernels.operators import adaln, attention, gelu, group_norm_silu
+from kernels.operators import adaln, attention, gelu, group_norm_silu, rms_norm
 
 
 class NormAndSiLU(nn.GroupNorm):
@@ -50,6 +51,14 @@ class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """(..., channels) to (..., inner channels)."""
         return gelu(self.proj(hidden_states), gated=True)
+
+
+class FusedRMSNorm(RMSNorm):
+    """With a weight, without a bias."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., channels) to the same."""
+        return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class FusedAdaLayerNormZero(AdaLayerNormZero):
@@ -99,11 +108,13 @@ class FusedAdaLayerNormContinuous(AdaLayerNormContinuous):
 
 
 class _ThroughOperator(TorchFunctionMode):
-    """Our attention in place of torch's, whatever processor of diffusers calls it."""
+    """Our attention in place of torch's, whatever processor of diffusers calls it; and no division by 1 after it."""
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.div and isinstance(args[1], float) and args[1] == 1.0:
+            return args[0]
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs

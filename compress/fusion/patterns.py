@@ -14,6 +14,7 @@ from diffusers.models.normalization import (
     AdaLayerNormContinuous,
     AdaLayerNormZero,
     AdaLayerNormZeroSingle,
+    RMSNorm,
     SD35AdaLayerNormZeroX,
 )
 from diffusers.models.resnet import ResnetBlock2D
@@ -85,6 +86,12 @@ def _attends(module: Module) -> str | None:
     return None
 
 
+def _rms(module: Module) -> str | None:
+    if module.weight is None or module.bias is not None:
+        return "it has no weight, or a bias"
+    return None
+
+
 def _plain(*norms: str) -> Callable[[Module], str | None]:
     """Whether these norms of a module are layer norms without parameters of their own."""
 
@@ -132,6 +139,7 @@ PATTERNS = (
     ),
     Pattern("GEGLU", GEGLU, {"": layers.FusedGEGLU}),
     Pattern("GELU", GELU, {}, _always("GELU alone is one launch in torch, too")),
+    Pattern("RMS norm", RMSNorm, {"": layers.FusedRMSNorm}, _rms),
     Pattern(_ATTENTION, Attention, {"": layers.FusedAttention}, _attends),
     Pattern(_ATTENTION, FluxAttention, {"": layers.FusedFluxAttention}, _attends),
     Pattern(_MODULATED, AdaLayerNormZero, {"": layers.FusedAdaLayerNormZero}, _plain("norm")),
