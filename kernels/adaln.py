@@ -13,6 +13,7 @@ from kernels.dispatch import Mode
 from kernels.language import jit, tl
 from kernels.launch import Argument, Launch
 from kernels.machine_code import Case
+from kernels.modulation import check_modulation
 from kernels.quantize import (
     Kind,
     Quantized,
@@ -39,7 +40,11 @@ def adaln(
 
     Returns:
         (batch, tokens, channels) in the type of x.
+
+    Raises:
+        KernelError: a shape is another, or the kernel was asked for and cannot run.
     """
+    check_modulation(x, shift=shift, scale=scale)
     architecture = kernel_architecture("adaln", x, None, mode, shift[0], scale[0])
     if architecture is None:
         return adaln_reference(x, shift, scale, eps).to(x.dtype)
@@ -58,6 +63,7 @@ def adaln_quantized(
     mode: Mode | None = None,
 ) -> Quantized:
     """The same as `adaln`, rounded to 8 bits with a scale per token (batch, tokens)."""
+    check_modulation(x, shift=shift, scale=scale)
     architecture = kernel_architecture("adaln", x, kind, mode, shift[0], scale[0])
     if architecture is None:
         return quantize_reference(adaln_reference(x, shift, scale, eps), kind)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import Mode
+from kernels.errors import KernelError
 from kernels.language import jit, tl
 from kernels.launch import Argument, Launch
 from kernels.machine_code import Case
+from kernels.modulation import check_modulation
 from kernels.quantize import kernel_architecture, load_rows, row_launch, store_rows
 
 
@@ -22,7 +24,13 @@ def gated_residual(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, *, mode
 
     Returns:
         (batch, tokens, channels) in the type of x.
+
+    Raises:
+        KernelError: a shape is another, or the kernel was asked for and cannot run.
     """
+    check_modulation(x, gate=gate)
+    if x.shape != y.shape:
+        raise KernelError(f"what is added must be {tuple(x.shape)} as the tokens are, not {tuple(y.shape)}")
     architecture = kernel_architecture("gated_residual", x, None, mode, y, gate[0])
     if architecture is None:
         return gated_residual_reference(x, gate, y)

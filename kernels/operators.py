@@ -2,7 +2,8 @@
 
 An operator runs what the plain function of the same name dispatches to: the kernel or the vendor's library on a GPU,
 plain torch on a CPU. It takes inputs however they lie, and its output always lies as its fake says. None can be
-differentiated: networks are trained and calibrated without them.
+differentiated: networks are trained and calibrated without them. Import this file before a graph that holds them is
+loaded.
 """
 
 from __future__ import annotations

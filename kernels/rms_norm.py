@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from kernels.dispatch import Mode
+from kernels.errors import KernelError
 from kernels.language import jit, tl
 from kernels.launch import Argument, Launch
 from kernels.machine_code import Case
@@ -27,7 +28,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, mode: 
 
     Returns:
         (..., channels) in the type of x.
+
+    Raises:
+        KernelError: the weight is of another size, or the kernel was asked for and cannot run.
     """
+    if weight.shape != x.shape[-1:]:
+        raise KernelError(f"the weight must be {tuple(x.shape[-1:])} as the channels are, not {tuple(weight.shape)}")
     architecture = kernel_architecture("rms_norm", x, None, mode, weight)
     if architecture is None:
         return rms_norm_reference(x, weight, eps).to(x.dtype)

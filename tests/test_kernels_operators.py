@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,22 @@ def test_an_operator_dispatches_as_the_function_does(monkeypatch: pytest.MonkeyP
 def test_unknown_formats_are_refused() -> None:
     with pytest.raises(KernelError, match="8-bit formats are int8, fp8, not 'int4'"):
         operators.quantize(X, "int4")
+
+
+def test_shapes_that_a_kernel_would_read_beyond_are_refused() -> None:
+    for operator, given, reason in (
+        (
+            operators.adaln,
+            (X, MODULATION[0][:1], MODULATION[1]),
+            "the shift must be (3, 24) as the tokens are, not (1, 24)",
+        ),
+        (operators.adaln, (X[0], *MODULATION[:2]), "tokens must be (batch, tokens, channels), not (5, 24)"),
+        (operators.gated_residual, (X, MODULATION[2][:, :8], X), "the gate must be (3, 24)"),
+        (operators.gated_residual, (X, MODULATION[2], X[:, :2]), "what is added must be (3, 5, 24)"),
+        (operators.rms_norm, (X, X[0, 0, :8]), "the weight must be (24,)"),
+    ):
+        with pytest.raises(KernelError, match=re.escape(reason)):
+            operator(*given)
 
 
 class Block(nn.Module):
