@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.export import Dim, export
 
 from compress import compiler
 from compress.errors import PassError, RefusedError
-from compress.families import Layout
+from compress.families import CONTROLLED_UNET, Layout
 from compress.fusion import blocks, layers
 from compress.fusion.compare import difference, in_type, relative, run, small_inputs
 from compress.fusion.fused import fused
@@ -24,7 +25,6 @@ from compress.model.latent_diffusion import STATE_FILE, LatentDiffusion, load
 from compress.passes.base import PassContext
 from compress.passes.fuse import TOLERANCE, Fuse
 from compress.quantization.attention import attentions
-from compress.quantization.fake_quantize import fake_quantized
 from compress.store import Store
 from export.quant_plan import AttentionQuant
 from export.target import TARGETS, Target, target
@@ -85,7 +85,7 @@ def test_the_fused_denoiser_launches_less_and_is_exact(model: LatentDiffusion) -
     applied(model)
     inputs = small_inputs(model.family, model.denoiser)
     made = fused(model.denoiser, model.fusions)
-    plain, fewer = (launches(lambda net=net: run(model.family, net, inputs)) for net in (model.denoiser, made))
+    plain, fewer = (launches(partial(run, model.family, net, inputs)) for net in (model.denoiser, made))
     assert fewer.total() < plain.total()
     assert any(name.startswith("latent::") for name in fewer)
     assert not any(name.startswith("latent::") for name in plain)
@@ -111,6 +111,12 @@ def test_two_attentions_in_a_block(model: LatentDiffusion) -> None:
     model.denoiser = dual()
     applied(model)
     assert "transformer_blocks.0.attn2" in model.fusions
+
+
+def test_unets_with_residuals_of_a_controlnet(model: LatentDiffusion) -> None:
+    model.family = CONTROLLED_UNET
+    assert "residual_mid" in small_inputs(model.family, model.denoiser)
+    applied(model)
 
 
 def test_what_does_not_fit_is_skipped_with_a_reason(model: LatentDiffusion) -> None:
@@ -234,13 +240,14 @@ def test_quantization_goes_on_top(model: LatentDiffusion) -> None:
     plan = quantized(model, "denoiser", [*found, "up_blocks.0.resnets.0.conv1"]).quant_plans["denoiser"]
     names = attentions(model.denoiser)
     plan = replace(plan, attentions={name: AttentionQuant("int8-qk", 0.02, 0.02) for name in names})
-    made = fused(applied(model).denoiser, model.fusions)
-    assert attentions(made) == names
-    inputs = small_inputs(model.family, model.denoiser)
-    exact, wanted, got = (
-        run(model.family, net, inputs)
-        for net in (model.denoiser, fake_quantized(model.denoiser, plan), fake_quantized(made, plan))
-    )
+    model.quant_plans["denoiser"] = plan
+    inputs = small_inputs(model.family, applied(model).denoiser)
+    denoisers = [
+        model.modules(simulate, fused=fused)["denoiser"]
+        for simulate, fused in ((False, False), (True, False), (True, True))
+    ]
+    exact, wanted, got = (run(model.family, one.component, inputs) for one in denoisers)
+    assert attentions(denoisers[2].component) == names
     assert relative(wanted, exact) > 1e-3
     assert relative(got, wanted) <= 0.01 * relative(wanted, exact)
 

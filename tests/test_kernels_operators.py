@@ -25,7 +25,8 @@ def heads(tokens: int, seed: int) -> Tensor:
     return randn(2, tokens, 3, 16, seed=seed).transpose(1, 2)
 
 
-X, MODULATION = randn(3, 5, 24), randn(3, 3 * 24, seed=1).chunk(3, dim=1)
+X = randn(3, 5, 24)
+SHIFT, SCALE, GATE = randn(3, 3 * 24, seed=1).chunk(3, dim=1)
 PICTURE, WEIGHT = randn(2, 8, 3, 5), (randn(8, seed=1), randn(8, seed=2))
 SPLIT = randn(3, 11, 24)[:, 3:8]  # as a joint attention leaves the tokens of one stream
 LAST = PICTURE.to(memory_format=torch.channels_last)
@@ -43,12 +44,17 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], Callable[[], Any]]] = {
         (heads(5, 0), heads(7, 1), heads(7, 2), randn(2, 7), 0.3),
         lambda: attention.attention(heads(5, 0), heads(7, 1), heads(7, 2), key_bias=randn(2, 7), scale=0.3),
     ),
-    "adaln": (operators.adaln, (X, *MODULATION[:2], 0.1), lambda: adaln.adaln(X, *MODULATION[:2], 0.1)),
-    "adaln of a split": (operators.adaln, (SPLIT, *MODULATION[:2]), lambda: adaln.adaln(SPLIT, *MODULATION[:2])),
+    "adaln": (operators.adaln, (X, SHIFT, SCALE, 0.1), lambda: adaln.adaln(X, SHIFT, SCALE, 0.1)),
+    "adaln of a split": (operators.adaln, (SPLIT, SHIFT, SCALE), lambda: adaln.adaln(SPLIT, SHIFT, SCALE)),
     "gated residual": (
         operators.gated_residual,
-        (X, MODULATION[2], SPLIT),
-        lambda: gated_residual.gated_residual(X, MODULATION[2], SPLIT),
+        (X, GATE, SPLIT),
+        lambda: gated_residual.gated_residual(X, GATE, SPLIT),
+    ),
+    "gated residual of a number": (
+        operators.gated_residual,
+        (X, GATE, X[0, 0, :1]),
+        lambda: gated_residual.gated_residual(X, GATE, X[0, 0, :1].expand(3, 5, 24).contiguous()),
     ),
     "gelu": (operators.gelu, (SPLIT, False, True), lambda: gelu.gelu(SPLIT, tanh=True)),
     "geglu": (operators.gelu, (X, True), lambda: gelu.gelu(X, gated=True)),
@@ -123,12 +129,12 @@ def test_shapes_that_a_kernel_would_read_beyond_are_refused() -> None:
     for operator, given, reason in (
         (
             operators.adaln,
-            (X, MODULATION[0][:1], MODULATION[1]),
+            (X, SHIFT[:1], SCALE),
             "the shift must be (3, 24) as the tokens are, not (1, 24)",
         ),
-        (operators.adaln, (X[0], *MODULATION[:2]), "tokens must be (batch, tokens, channels), not (5, 24)"),
-        (operators.gated_residual, (X, MODULATION[2][:, :8], X), "the gate must be (3, 24)"),
-        (operators.gated_residual, (X, MODULATION[2], X[:, :2]), "what is added must be (3, 5, 24)"),
+        (operators.adaln, (X[0], SHIFT, SCALE), "tokens must be (batch, tokens, channels), not (5, 24)"),
+        (operators.gated_residual, (X, GATE[:, :8], X), "the gate must be (3, 24)"),
+        (gated_residual.gated_residual, (X, GATE, X[:, :2]), "what is added must be (3, 5, 24)"),
         (operators.rms_norm, (X, X[0, 0, :8]), "the weight must be (24,)"),
     ):
         with pytest.raises(KernelError, match=re.escape(reason)):

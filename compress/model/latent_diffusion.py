@@ -99,13 +99,8 @@ class LatentDiffusion:
         }
 
     def segments(self, *, fused: bool = False) -> list[DenoiserSegment]:
-        """The denoiser as laid out, over its own weights; fused, its modules call our operators where it is planned."""
-        denoiser = self.denoiser
-        if fused and self.fusions:
-            from compress.fusion.fused import fused as fused_twin
-
-            denoiser = fused_twin(denoiser, self.fusions)
-        return self.family.segments(denoiser, self.layout).segments
+        """The denoiser as laid out, over its own weights; fused, it calls our operators where that is planned."""
+        return self.family.segments(self._fused() if fused else self.denoiser, self.layout).segments
 
     def parts(self) -> dict[str, Network]:
         """Every network behind a fixed signature, over its own weights.
@@ -124,14 +119,15 @@ class LatentDiffusion:
         """
         return {name: _function(module) for name, module in self.modules(simulate, dialect).items()}
 
-    def modules(self, simulate: bool = True, dialect: str | None = None) -> dict[str, Network]:
+    def modules(self, simulate: bool = True, dialect: str | None = None, *, fused: bool = False) -> dict[str, Network]:
         """The networks behind `functions`; their weights are the model's own, or fake-quantized copies.
 
         Args:
             simulate: quantized parts compute with fake-quantized weights and activations; False ignores the plans.
             dialect: round only what the lowering to it rounds, see `export.qdq.Dialect`; None all that is planned.
+            fused: the denoiser calls our operators where that is planned.
         """
-        denoiser, parts = self.denoiser, self._surroundings()
+        denoiser, parts = self._fused() if fused else self.denoiser, self._surroundings()
         for name, plan in self.quant_plans.items() if simulate else ():
             from compress.quantization.fake_quantize import fake_quantized
 
@@ -229,6 +225,13 @@ class LatentDiffusion:
 
     def _networks(self) -> dict[str, Network]:
         return {self.family.part: self.denoiser, "vae": self.vae, **self.text_encoders}
+
+    def _fused(self) -> Network:
+        if not self.fusions:
+            return self.denoiser
+        from compress.fusion.fused import fused
+
+        return fused(self.denoiser, self.fusions)
 
     def _surroundings(self) -> dict[str, Part]:
         hidden = {entry["part"]: entry.get("hidden") for entry in self.conditioning.get("encoders", ())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from compress.fusion.compare import run, small_inputs
@@ -26,7 +27,7 @@ def counted(name: str) -> tuple[Counter[str], Counter[str]]:
         small_inputs(model.family, model.denoiser),
         (model.denoiser, fused(model.denoiser, model.fusions)),
     )
-    plain, made = (launches(lambda network=network: run(model.family, network, inputs)) for network in networks)
+    plain, made = (launches(partial(run, model.family, network, inputs)) for network in networks)
     return plain, made
 
 
