@@ -97,6 +97,7 @@ TARGETS: dict[str, Target] = {
                 "bf16": "native",
                 **dict.fromkeys((*_INTEGER, *_STORED), "simulated"),
             },
+            operators=True,
         ),
     )
 }

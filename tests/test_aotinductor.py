@@ -21,6 +21,8 @@ from compress.cli import main
 from compress.engine.export_engine import Job, export_engine, jobs_of
 from compress.engine.packages import trace_functions
 from compress.model.latent_diffusion import load
+from compress.passes.base import PassContext
+from compress.passes.fuse import Fuse
 from export.backends import available, backend
 from export.device_loop import DeviceLoop
 from export.engine import Engine
@@ -31,6 +33,7 @@ from export.quant_plan import QuantPlan
 from export.step_plan import Gate
 from export.target import TARGETS, require_buildable
 from export.to_aotinductor import build_package, trace_module
+from kernels.operators import gelu
 from tests import tiny_engine as toy
 from tests.test_gate import gated_plan
 
@@ -60,6 +63,21 @@ def test_every_function_is_traced_with_a_dynamic_batch(family: str, tiny_folder:
             expected, got = job.module(**larger), program.exported.module()(**larger)
         for value, wanted in zip(got, expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["unet", "sd3"])
+def test_a_fused_denoiser_keeps_our_operators(family: str, tiny_folder: Callable[[str], Path]) -> None:
+    model = load(tiny_folder(family))
+    Fuse().apply(model, Fuse().plan(model, [CUDA]), PassContext([], 0, toy.SIDE, toy.SIDE))
+    model = toy.cached(model, cut=1)
+    jobs = [job for job in jobs_of(model, {**toy.SHAPES, "prompt_tokens": (12, 12, 12)}) if job.part == "denoiser"]
+    kept = set()
+    for program in trace_functions(model, ON_CPU, jobs).values():
+        kept |= {str(node.target) for node in program.exported.graph.nodes if str(node.target).startswith("latent.")}
+    own = {"unet": ("gelu", "group_norm_silu"), "sd3": ("adaln", "gated_residual")}[family]
+    assert kept == {f"latent.{name}.default" for name in ("attention", *own)}
+    plain = trace_functions(replace(model, fusions={}), ON_CPU, jobs).values()
+    assert not [node for program in plain for node in program.exported.graph.nodes if "latent." in str(node.target)]
 
 
 def _repeated(value: Tensor, job: Job, name: str) -> Tensor:
@@ -124,14 +142,14 @@ def test_machine_code_is_opened_on_the_users_word_alone(tiny_engine: Path, tmp_p
 
 
 class Affine(nn.Module):
-    """y = x @ weight + t, and twice x."""
+    """y = gelu(x @ weight) + t, by an operator of ours, and twice x."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.tanh(x @ self.weight) + timestep[:, None].to(x.dtype), 2 * x
+        return gelu(x @ self.weight) + timestep[:, None].to(x.dtype), 2 * x
 
 
 def traced(module: nn.Module, **more: Any) -> Any:
@@ -209,6 +227,7 @@ def test_a_whole_engine_of_packages_samples_as_the_ordinary_loop_does(
     tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = toy.cached(load(tiny_folder("unet")), cut=1)
+    Fuse().apply(model, Fuse().plan(model, [CUDA]), PassContext([], 0, toy.SIDE, toy.SIDE))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     folder = tmp_path / "engine"
     export_engine(model, [ON_CPU], toy.SHAPES, folder)

@@ -27,15 +27,15 @@ from compress.passes.fuse import TOLERANCE, Fuse
 from compress.quantization.attention import attentions
 from compress.store import Store
 from export.quant_plan import AttentionQuant
-from export.target import TARGETS, Target, target
+from export.target import built_anywhere, target
 from export.to_onnx import export_module
 from recipes.benchmarks.launches import MODELS, REFERENCE, table
 from tests import tiny
 from tests.tiny_engine import quantized
 
 CONTEXT = PassContext([], seed=0, height=16, width=16)
-CPU = list(TARGETS.values())
-GPU: Target = replace(target("onnxruntime-cpu"), name="a-gpu", operators=True)
+CPU = built_anywhere()
+GPU = target("torch-cuda")
 Folder = Callable[[str], Path]
 
 

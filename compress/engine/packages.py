@@ -24,12 +24,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def trace_functions(model: LatentDiffusion, row: Target, jobs: Sequence[Job]) -> dict[str, Program]:
     """Trace every function for the device of a target, and compare each with its module; nothing is compiled.
 
-    Quantized layers compute with rounded numbers in float.
+    Quantized layers compute with rounded numbers in float; a fused denoiser keeps our operators.
 
     Raises:
         PassError: a function cannot be traced, or its program computes something else.
     """
-    modules = model.modules(True, row.dialect)
+    modules = model.modules(True, row.dialect, fused=row.operators)
     return {job.function: _traced(model, row, job, modules[job.function]) for job in jobs}
 
 
@@ -59,7 +59,7 @@ def write_packages(
         raise RefusedError(
             f"this PyTorch ({torch.__version__}) has no CUDA, which {row.name} needs: install one that has"
         )
-    modules = model.modules(True, row.dialect)
+    modules = model.modules(True, row.dialect, fused=row.operators)
     paths = {}
     for done, job in enumerate(jobs):
         progress(f"compile for {row.name}", done, len(jobs))

@@ -22,6 +22,7 @@ from export.gpu import gpu_here
 from export.loop import WholeLoop
 from export.step_plan import StepPlan
 from export.to_aotinductor import METADATA
+from kernels import operators as operators  # registers what packages call
 
 OPTIONS: dict[str, tuple[Any, ...]] = {"device": ("cuda", "cpu"), "inference_precision": ("float32", "bfloat16")}
 """What a package was built for; it can be nothing else when it is loaded."""
