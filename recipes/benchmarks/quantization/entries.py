@@ -14,7 +14,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ranges": {"bias_correction": False},
     "ranges, bias": {},
     "float layers": {"float_share": 0.02},
-    "float layers, gptq": {"float_share": 0.02, "rounding": "gptq"},
+    "float layers, calls": {"float_share": 0.02, "calls": "search"},
+    "float layers, calls, gptq": {"float_share": 0.02, "calls": "search", "rounding": "gptq"},
     "smooth": {"smooth": "search"},
     "rotate": {"rotate": True},
     "low rank": {"low_rank": 16},
@@ -49,8 +50,8 @@ ABLATED = ("int4-w4a4-g64", "nvfp4", "int4-w4a8")
 """Schemes that are measured with every method."""
 
 KEY = (
-    *((scheme, "float layers") for scheme in ("int8-w8a8", "fp8-w8a8")),
-    *((scheme, "float layers, gptq") for scheme in ("int4-w4a8", "fp4-w4a8")),
+    *((scheme, method) for scheme in ("int8-w8a8", "fp8-w8a8") for method in ("float layers", "float layers, calls")),
+    *((scheme, "float layers, calls, gptq") for scheme in ("int4-w4a8", "fp4-w4a8")),
     *((scheme, "ranges, bias") for scheme in ("int8-w8a8", "int8-w8a8-token", "fp8-w8a8", "mxfp8")),
     *((scheme, method) for scheme in ("int4-w4a8", "fp4-w4a8") for method in ("nearest", "gptq", "learned")),
     *(
