@@ -57,9 +57,11 @@ class Emitter:
         return self.constant(self.fresh(name), np.asarray(sizes, np.int64))
 
     def tensor(self, tensor: onnx.TensorProto) -> str:
-        """Add an initializer; one of 4-bit integers makes the graph one of the first opset that has them."""
+        """Add an initializer; one of 4 bits makes the graph one of the first opset that has them."""
         from onnx import TensorProto
 
+        if tensor.data_type == TensorProto.FLOAT4E2M1:
+            self._require(opset=23, ir=11)
         if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
             self._require(opset=21, ir=10)
         self._taken.add(tensor.name)
@@ -67,7 +69,7 @@ class Emitter:
         return str(tensor.name)
 
     def _require(self, opset: int, ir: int) -> None:
-        """Raise the versions; nothing that the exporter writes means something else between 18 and 21."""
+        """Raise the versions; nothing that the exporter writes means something else between 18 and 23."""
         for domain in self.model.opset_import:
             if domain.domain in ("", "ai.onnx"):
                 domain.version = max(domain.version, opset)

@@ -63,6 +63,19 @@ def widened(emitter: Emitter, label: str, layer: LayerQuant, numbers: np.ndarray
     return made
 
 
+def float_weights(layer: LayerQuant, numbers: np.ndarray) -> np.ndarray:
+    """What `widened` gives, computed here: float32 of the shape of the numbers (out_channels, in_channels, ...)."""
+    rows = layer.weight.dequantized(numbers).reshape(len(numbers), -1)
+    if layer.low_rank is not None:
+        rows = rows + layer.low_rank.up.astype(np.float32) @ layer.low_rank.down.astype(np.float32)
+    if layer.rotation:
+        blocks = rows.reshape(-1, layer.rotation) @ hadamard(layer.rotation)
+        rows = blocks.reshape(rows.shape)
+    if layer.smooth is not None:
+        rows = rows * np.repeat(1.0 / layer.smooth.astype(np.float32), rows.shape[1] // len(layer.smooth))
+    return rows.reshape(numbers.shape)
+
+
 def rotate(emitter: Emitter, label: str, tensor: str, size: int, shape: tuple[int, ...] | None = None) -> str:
     """Rotate the last axis of a tensor in blocks of `size`, see `hadamard`; its shape is read from it unless given."""
     if shape is None:

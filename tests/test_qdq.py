@@ -216,8 +216,8 @@ def test_a_plan_that_does_not_fit_is_an_error(exported: Callable[[str], Exported
         attempt(replace(part.plan, layers={name: replace(layer, op="linear", output=None)}))
     with pytest.raises(LoweringError, match="has 2 weight scales for"):
         attempt(replace(part.plan, layers={name: replace(layer, weight=WeightGrid.per_channel((1.0, 1.0)))}))
-    with pytest.raises(LoweringError, match="the dialect 'tensorrt' is unknown"):
-        attempt(part.plan, dialect="tensorrt")
+    with pytest.raises(LoweringError, match="the dialect 'onnx' is unknown"):
+        attempt(part.plan, dialect="onnx")
     found = attempt(more, partial=True)
     assert found.layers == set(part.plan.layers)
     with pytest.raises(LoweringError, match=r"decoder\.nowhere"):

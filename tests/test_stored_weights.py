@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.quantization.fake_quantize import fake_quantized
-from compress.quantization.layer import Methods, quantized_layer
 from compress.quantization.scheme import SCHEMES
-from compress.quantization.statistics import Observed, RowFile
 from export.backends import backend as opened
 from export.elements import element
 from export.emitter import Emitter
@@ -26,77 +22,23 @@ from export.packed import PLANES, unpacked
 from export.qdq import DIALECTS, lower
 from export.quant_plan import QuantPlan
 from export.target import TARGETS
-from export.to_onnx import export_module
 from export.weights import FILE, write_pool
-
-SHAPE = (2, 8, 6, 6)
-ALL: dict[str, Any] = {"smooth": 0.5, "rotate": True, "low_rank": 4, "rounding": "gptq"}
-
-
-class Net(nn.Module):
-    """A convolution with stride, linear layers on tokens and on vectors, one without a bias, one read twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 32, 3, 2, 1)
-        self.first = nn.Linear(32, 64)
-        self.second = nn.Linear(64, 64, bias=False)
-        self.vector = nn.Linear(64, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = nn.functional.silu(self.conv(x)).flatten(2).transpose(1, 2)
-        tokens = nn.functional.gelu(self.first(tokens))
-        tokens = tokens + self.second(tokens)
-        return self.vector(tokens.mean(1))
-
-
-class Whole(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+from tests.small_net import ALL, SHAPE, Plan, float_graph, planner, seeded
 
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+    return seeded()
 
 
 @pytest.fixture(scope="module")
 def graph(net: nn.Module) -> onnx.ModelProto:
-    given, other = torch.randn(SHAPE), torch.randn(3, *SHAPE[1:])
-    return export_module(Whole(net), {"x": given}, {"x": {0: "batch"}}, ["y"], {"x": other})
-
-
-Plan = Callable[..., QuantPlan]
+    return float_graph(net)
 
 
 @pytest.fixture(scope="module")
 def plan(net: nn.Module) -> Plan:
-    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
-    seen = {name: Observed(name, layer, 512, RowFile(io.BytesIO())) for name, layer in layers.items()}
-    handles = [
-        layer.register_forward_hook(lambda _, args, output, name=name: seen[name].update(args[0], output))
-        for name, layer in layers.items()
-    ]
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for _ in range(8):
-            net(torch.randn(32, *SHAPE[1:]))
-    for handle in handles:
-        handle.remove()
-
-    def make(scheme: str, **methods: Any) -> QuantPlan:
-        row = SCHEMES[scheme]
-        done = {name: quantized_layer(layer, row, seen[name], Methods(**methods)) for name, layer in layers.items()}
-        found = QuantPlan(done)
-        found.validate()
-        return QuantPlan.from_json(found.to_json())
-
-    return make
+    return planner(net)
 
 
 def run(

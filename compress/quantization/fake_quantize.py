@@ -12,7 +12,8 @@ from compress.quantization.attention import intercept, rounding
 from compress.quantization.rounding import round_input, round_weight
 from compress.quantization.transforms import InputTransform, product, weight_of
 from compress.twin import twin
-from export.qdq import DIALECTS, HALVED
+from export.dialect import DIALECTS
+from export.qdq import HALVED
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 
 
@@ -28,16 +29,18 @@ def fake_quantized(module: nn.Module, plan: QuantPlan, *, dialect: str | None = 
         PassError: a layer of the plan is not in the module, or of another kind.
     """
     quantized = twin(module)
+    chosen = None if dialect is None else DIALECTS[dialect]
     for name, quant in plan.layers.items():
         layer = _submodule(quantized, name)
         if not isinstance(layer, nn.Conv2d if quant.op == "conv" else nn.Linear):
             raise PassError(f"the quantization plan has {name!r} as {quant.op}, but it is a {type(layer).__name__}")
-        computes = dialect is None or DIALECTS[dialect].computes(quant)
-        round_layer(layer, quant, computes, computes and (dialect is None or DIALECTS[dialect].conv_output))
-    if dialect is None or DIALECTS[dialect].attention:
+        computes = chosen is None or chosen.computes(quant)
+        rounded = quant if chosen is None else chosen.settled(quant)
+        round_layer(layer, rounded, computes, computes and (chosen is None or chosen.conv_output))
+    if chosen is None or chosen.attention:
         for name, attention in plan.attentions.items():
             intercept(_submodule(quantized, name), rounding(attention))
-    if plan.storage == "float16":
+    if plan.storage == "float16" or (chosen is not None and chosen.half):
         _halve(quantized, {f"{name}.weight" for name in plan.layers})
     return quantized
 
