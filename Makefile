@@ -30,7 +30,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/torch pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[openvino,gpu,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[openvino,gpu,tensorrt,dev]"
 	@touch $@ $(VENV)/demo
 
 # Fewer held-out prompts than the recipe asks for (512), and no other ways to be fast beside it, so that it takes minutes;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,22 @@ from compress.estimate import Estimate, estimate
 from compress.guidance import place_guidance
 from compress.measure.quality import planned_metrics
 from compress.measure.verdict import refuse_gates
+from compress.mixed_precision import UP_TO
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.model.lora import fuse_lora
 from compress.passes.base import Edit, Pass, PassContext
 from compress.progress import Progress, silent
 from compress.prompts import check_disjoint, read_prompts
 from compress.publish import publish, shapes_of
+from compress.quantization.scheme import SCHEMES
 from compress.recipe.reader import pass_fields
 from compress.sampler import compile_sampler
 from compress.schedulers import completed
 from compress.store import Store, cache_folder
+from export.backends import BACKENDS
 from export.step_plan import Segment
 from export.target import Target, require_buildable, target
+from export.to_tensorrt import BuildOptions, library
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,19 +83,36 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
         fuse_lora(original, recipe.locate(lora.file), lora.strength)
     checked_shapes(original, shapes_of(recipe))
     sample(original, recipe)
-    targets = [target(name) for name in recipe.targets]
+    targets = targets_of(recipe)
     for row in targets:
         require_buildable(row)
     context = _context(recipe, progress, targets, store)
     _check_gates(recipe)
     _check_evaluate(original, recipe)
     edits = plan(original, recipe.passes, targets)
+    _check_formats(edits, targets)
     cost = estimate(recipe, original, edits)
     if dry_run:
         return Outcome(recipe, edits, cost)
+    for row in targets:
+        if row.library:
+            library(row.library)
     stages = apply(original, recipe.passes, targets, context, store)
     engine, report = publish(recipe, original, stages, targets, store, progress)
     return Outcome(recipe, edits, cost, engine, report)
+
+
+def targets_of(recipe: Recipe) -> list[Target]:
+    """The rows of the target table that the recipe names, with what it asks of their builders."""
+    rows, asked = [], recipe.tensorrt
+    for row in map(target, recipe.targets):
+        if row.library and asked is not None:
+            options = BuildOptions(**asked.model_dump(exclude={"architectures"}))
+            own = asked.architectures is None or not row.build.architectures
+            named = row.build.architectures if own else asked.architectures
+            row = replace(row, build=replace(options, architectures=named or ()))
+        rows.append(row)
+    return rows
 
 
 def sample(model: LatentDiffusion, recipe: Recipe) -> None:
@@ -172,8 +193,22 @@ def _check_gates(recipe: Recipe) -> None:
         refuse_gates(recipe.to_dict().get("gates", {}), measured)
 
 
+def _check_formats(edits: Sequence[Edit], targets: Sequence[Target]) -> None:
+    """Refuse number formats that a target does not have, before anything is computed."""
+    for scheme in {edit.action.removeprefix(UP_TO): None for edit in edits}:
+        for row in targets:
+            reason = row.refusal(scheme) if scheme in SCHEMES and scheme not in ("none", "float32") else None
+            if reason is not None:
+                raise RefusedError(reason)
+
+
 def _check_evaluate(model: LatentDiffusion, recipe: Recipe) -> None:
     """Refuse to measure what would need more than prompts, before anything is computed."""
+    if recipe.evaluate is not None and not any(target(name).backend in BACKENDS for name in recipe.targets):
+        raise RefusedError(
+            f"evaluate: engines for {', '.join(recipe.targets)} are not opened here, so nothing can be measured: "
+            "add the target onnxruntime-cpu, or leave evaluate out"
+        )
     if recipe.evaluate is not None and model.family.residuals(model.denoiser):
         raise RefusedError(
             f"evaluate: a {model.index['_class_name']} follows a control picture, and prompts have none: leave "

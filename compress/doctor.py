@@ -166,10 +166,25 @@ def _targets(found: Findings) -> None:
     from export.target import TARGETS
 
     for name, target in TARGETS.items():
+        if target.library:
+            found.targets[name] = False
+            found.rows.append(Row(f"target {name}", "builds only", library_here(target.library)))
+            continue
         here, why = runtime_here(target.backend)
         found.targets[name] = here
         without = "builds only" if not target.machine_code else "neither builds nor runs"
         found.rows.append(Row(f"target {name}", "builds and runs" if here else without, why))
+
+
+def library_here(name: str) -> str:
+    """Tell the version of a library that builds engines, or what is wrong."""
+    from export.errors import EngineError
+    from export.to_tensorrt import library, version
+
+    try:
+        return version(library(name))
+    except EngineError as error:
+        return str(error)
 
 
 def runtime_here(backend: str) -> tuple[bool, str]:

@@ -117,6 +117,7 @@ def stock_of_engine(folder: Path) -> dict[str, Any]:
                 "evidence": row.evidence,
                 "formats": dict(row.formats),
                 "measured": dict(row.measured),
+                "build": dict(row.build),
             }
             for name, row in manifest.targets.items()
         },

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from export.backends import LoadedGraph, TensorSpec, available, backend, holds_machine_code
+from export.backends import BUILT_ONLY, LoadedGraph, TensorSpec, available, backend, holds_machine_code
 from export.conditioning import PromptError
 from export.errors import EngineError
 from export.loop import Joined, WholeLoop
@@ -308,8 +308,10 @@ def _choose(manifest: Manifest, target: str | None, trusted: bool) -> str:
             f"the target {here[0]} of this engine is machine code, which could do anything you can: if you built the "
             "engine yourself, or trust who did, say so with trusted=True (--trusted on the command line)"
         )
+    if not opened and all(manifest.targets[name].backend in BUILT_ONLY for name in names):
+        raise EngineError(BUILT_ONLY[manifest.targets[names[0]].backend])
     if not opened:
-        needed = " or ".join(sorted({row.backend for row in manifest.targets.values()}))
+        needed = " or ".join(sorted({row.backend for row in manifest.targets.values()} - set(BUILT_ONLY)))
         raise EngineError(f"no runtime of this engine is installed: install {needed}")
     return min(opened, key=lambda name: manifest.targets[name].measured.get("latency_ms", float("inf")))
 

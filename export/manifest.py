@@ -37,6 +37,8 @@ class TargetEntry:
         evidence: how it is known to work, e.g. `ran (cpu model, date)`.
         measured: metric -> number, on the machine the evidence names.
         formats: part -> scheme -> how it runs here: `native`, `storage only` or `simulated`.
+        build: where `graphs` are engines that were built from graphs: with what, for what, from what, see
+            `compress.engine.build_tensorrt`.
     """
 
     backend: str
@@ -46,6 +48,7 @@ class TargetEntry:
     evidence: str = "built"
     measured: Mapping[str, float] = field(default_factory=dict)
     formats: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    build: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Manifest:
 
 
 _TEXTS = ("backend", "dialect", "evidence")
-_MAPS = ("graphs", "options", "measured", "formats")
+_MAPS = ("graphs", "options", "measured", "formats", "build")
 
 
 def read_manifest(folder: Path) -> Manifest:

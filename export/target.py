@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from export.backends import BACKENDS, available, holds_machine_code
 from export.errors import EngineError
+from export.to_tensorrt import BuildOptions
 
 Execution = Literal["native", "storage only", "simulated"]
 """How a number format runs: on kernels of that format; widened when loaded; emulated in float."""
@@ -25,6 +26,9 @@ class Target:
         dialect: of the quantized graphs, a key of `export.qdq.DIALECTS`; of machine code, what it rounds.
         formats: scheme name -> how it runs here; a scheme that is absent cannot be built for this target.
         operators: whether its graphs keep `torch.ops.latent.*`, which the pass `fuse` makes denoisers call.
+        library: the module that builds engines from the graphs; none where the runtime reads the graphs themselves.
+        since: scheme name -> the first compute capability that has it, `sm_89`.
+        build: what the library is asked for.
     """
 
     name: str
@@ -33,11 +37,30 @@ class Target:
     dialect: str
     formats: Mapping[str, Execution]
     operators: bool = False
+    library: str = ""
+    since: Mapping[str, str] = field(default_factory=dict)
+    build: BuildOptions = field(default_factory=BuildOptions)
 
     @property
     def machine_code(self) -> bool:
         """Whether it is built where it runs, because its graphs are compiled there."""
         return holds_machine_code(self.backend)
+
+    def refusal(self, scheme: str) -> str | None:
+        """Why a number format cannot be built for this target, one sentence; None where it can."""
+        if scheme not in self.formats:
+            known = ", ".join(self.formats)
+            return f"the target {self.name} does not know the number format {scheme}; it knows {known}"
+        first = self.since.get(scheme)
+        if first is None:
+            return None
+        older = [name for name in self.build.architectures if _capability(name) < _capability(first)]
+        if not older:
+            return None
+        return (
+            f"the target {self.name} has the number format {scheme} from {first} on, but is to be built for "
+            f"{', '.join(older)}: name later architectures, or choose another format"
+        )
 
     @property
     def fast_formats(self) -> tuple[str, ...]:
@@ -58,6 +81,13 @@ _STORED = (
 )
 """Schemes whose weights a CPU only stores: activations stay in float32."""
 
+_HALF: tuple[str, ...] = ("bf16", "int8-w8a32", "int6-w6a32", "int5-w5a32", "int4-w4a32", "int3-w3a32")
+"""Schemes whose weights TensorRT keeps in 8 or 16 bits, beside activations in float16 (for `bf16` too)."""
+
+_FLOATS: dict[str, Execution] = dict.fromkeys(
+    ("int4-w4a32-g64", "int4-w4a32-g128", "fp8-w8a8", "nvfp4", "nvfp4-w4a32"), "native"
+)
+_SINCE = {"fp8-w8a8": "sm_89", "nvfp4": "sm_120", "nvfp4-w4a32": "sm_120"}
 
 TARGETS: dict[str, Target] = {
     row.name: row
@@ -99,8 +129,38 @@ TARGETS: dict[str, Target] = {
             },
             operators=True,
         ),
+        # NVIDIA's support matrix has 8-bit integers as weights alone there; whether a product of them runs in integers
+        # cannot be seen in an engine, so it is not said.
+        Target(
+            name="tensorrt-rtx",
+            device="gpu",
+            backend="tensorrt-rtx",
+            dialect="tensorrt",
+            formats={"float16": "native", **dict.fromkeys((*_HALF, *_INTEGER), "storage only"), **_FLOATS},
+            library="tensorrt_rtx_bindings",
+            since=_SINCE,
+            build=BuildOptions(architectures=("sm_80", "sm_86", "sm_89", "sm_120")),
+        ),
+        Target(
+            name="tensorrt",
+            device="gpu",
+            backend="tensorrt",
+            dialect="tensorrt",
+            formats={
+                "float16": "native",
+                **dict.fromkeys(_HALF, "storage only"),
+                **dict.fromkeys(_INTEGER, "native"),
+                **_FLOATS,
+            },
+            library="tensorrt",
+            since=_SINCE,
+        ),
     )
 }
+
+
+def _capability(name: str) -> int:
+    return int(name.removeprefix("sm_"))
 
 
 def target(name: str) -> Target:
@@ -131,5 +191,5 @@ def require_buildable(row: Target) -> None:
 
 
 def built_anywhere() -> list[Target]:
-    """The targets that are built on any machine."""
-    return [row for row in TARGETS.values() if not row.machine_code]
+    """The targets that are built on any machine, with nothing but their runtime: it reads the graphs themselves."""
+    return [row for row in TARGETS.values() if not row.machine_code and not row.library]

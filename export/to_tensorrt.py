@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ def build(
 ) -> Built:
     """Parse a graph and build its engine. Types are the graph's own: no precision is asked for.
 
+    Equal graphs of fixed sizes give TensorRT for RTX equal bytes; where a size is dynamic, engines differ in the
+    numbers within the names that it gives to tensors of its own (`__mye1234`).
+
     Args:
         trt: the module of the library: `tensorrt`, `tensorrt_rtx` or `tensorrt_rtx_bindings`.
         graph: of standard ONNX nodes and those of the parser; its weight pool lies beside it.
@@ -100,6 +104,24 @@ def build(
         raise ExportError(f"TensorRT does not build {graph.stem}: {log.said()}")
     learnt = b"" if cache is None else bytes(cache.serialize())
     return Built(bytes(engine), version(trt), network.num_layers, learnt)
+
+
+def library(name: str) -> Any:
+    """Import a library that builds engines.
+
+    Raises:
+        EngineError: it is not installed, or broken.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EngineError(f"{name} cannot be imported ({error}): {_INSTALL[name]}") from error
+
+
+_INSTALL = {
+    "tensorrt_rtx_bindings": "pip install 'latent-compress[tensorrt]'",
+    "tensorrt": "install TensorRT 10 or later from NVIDIA, on a machine with the GPU to build for",
+}
 
 
 def version(trt: Any) -> str:

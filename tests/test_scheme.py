@@ -56,7 +56,7 @@ def test_an_unknown_scheme_gives_the_nearest_name() -> None:
         scheme("int8w8a8")
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [name for name, row in TARGETS.items() if not row.library])
 def test_every_target_knows_how_every_stored_format_runs(target: str) -> None:
     assert set(SCHEMES) - {"none"} <= set(TARGETS[target].formats)
 

@@ -47,6 +47,12 @@ def _show_model(found: dict[str, Any], folder: Path, terminal: Terminal) -> None
     terminal.say(cuts)
 
 
+def _span(shapes: list[list[int]]) -> str:
+    """The least and the greatest shape of an input, e.g. `1..16x4x16x16`."""
+    least, _, greatest = shapes
+    return "x".join(str(low) if low == high else f"{low}..{high}" for low, high in zip(least, greatest, strict=True))
+
+
 def _show_engine(found: dict[str, Any], folder: Path, terminal: Terminal) -> None:
     from rich.table import Table
 
@@ -55,6 +61,14 @@ def _show_engine(found: dict[str, Any], folder: Path, terminal: Terminal) -> Non
     for name, target in found["targets"].items():
         targets.add_row(name, target["backend"], target["evidence"])
     terminal.say(targets)
+    for name, target in found["targets"].items():
+        build = target["build"]
+        if build:
+            devices = ", ".join(build["architectures"]) or "the GPU it was built on"
+            terminal.say(f"{name}: built by {build['builder']} for {devices}, latency not measured")
+            for function, sizes in build["profiles"].items():
+                shown = "; ".join(f"{tensor} {_span(shapes)}" for tensor, shapes in sizes.items())
+                terminal.say(f"  {function}: {shown}")
     plan = found["step_plan"]
     terminal.say(f"loop: {plan['network_calls']} network calls, {plan['strip']}")
     for path, segments in plan["paths"].items():

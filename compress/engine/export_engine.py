@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.engine.build_tensorrt import EngineBuilder
 from compress.engine.optimum_layout import write_optimum_layout
 from compress.engine.packages import write_packages
 from compress.errors import PassError, RefusedError
@@ -30,6 +31,7 @@ from export.qdq import DIALECTS, Lowered, LoweringError, lower, require_all
 from export.quant_plan import QuantPlan
 from export.target import Target, require_buildable
 from export.to_onnx import OPSET, export_module, strip_metadata
+from export.to_tensorrt import Profile
 from export.tokenizer import FILE as TOKENIZER_FILE
 from export.weights import FILE as POOL_FILE
 from export.weights import PoolWriter, write_graph, write_pool
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
 
 _GRAPH = "graph.onnx"
+_SIDES = ("height", "width", "prompt_tokens")
 
 Sizes = tuple[int, int, int]
 """Least, best and greatest."""
@@ -126,37 +129,46 @@ def export_engine(
     dialects = sorted(
         {row.dialect for row in targets if not row.machine_code}, key=lambda name: (name != "onnxruntime", name)
     )
-    graphs: dict[str, dict[str, str]] = {dialect: {} for dialect in dialects}
+    read = [dialect for dialect in dialects if not DIALECTS[dialect].half]
+    graphs: dict[str, dict[str, str]] = {dialect: {} for dialect in read}
+    sizes = profiles(model, shapes) if len(read) < len(dialects) else {}
+    builders = {row.name: EngineBuilder(row, sizes, folder) for row in targets if row.library}
     lowered: dict[tuple[str, str], Lowered] = {}
     pools: dict[str, dict[str, onnx.ModelProto]] = {}
     for done, job in enumerate(jobs if dialects else ()):
         progress("export", done, len(jobs))
         for dialect, (graph, how) in _exported(model, job, dialects, store).items():
-            name = job.file if dialect == dialects[0] else f"{job.file}.{dialect}"
+            if how is not None and job.part in model.quant_plans:
+                lowered[job.function, dialect] = how
+            if dialect not in read:
+                widened = set() if how is None else how.widened
+                for builder in builders.values():
+                    progress(f"build for {builder.target.name}", done, len(jobs))
+                    builder.build(job.function, graph, widened, f"{job.folder}/{job.file}")
+                continue
+            name = job.file if dialect == read[0] else f"{job.file}.{dialect}"
             pools.setdefault(job.folder, {})[name] = graph
             graphs[dialect][job.function] = f"{job.folder}/{name}.onnx"
-            if how is not None:
-                lowered[job.function, dialect] = how
-        for dialect in dialects:
-            graphs[dialect].setdefault(job.function, graphs[dialects[0]][job.function])
+        for dialect in read:
+            graphs[dialect].setdefault(job.function, graphs[read[0]][job.function])
     progress("export", len(jobs), len(jobs))
     _require_all_lowered(model, jobs, lowered)
     for name, models in pools.items():
         write_pool(models, folder / name)
-    paths = {
-        row.name: write_packages(model, row, jobs, folder, progress=progress)
-        if row.machine_code
-        else graphs[row.dialect]
-        for row in targets
-    }
-    run = {path for one in paths.values() for path in one.values()}
+    paths = {}
+    for row in targets:
+        if row.machine_code:
+            paths[row.name] = write_packages(model, row, jobs, folder, progress=progress)
+        else:
+            paths[row.name] = builders[row.name].graphs if row.name in builders else graphs[row.dialect]
+    run = {path for one in (*paths.values(), *graphs.values()) for path in one.values()}
     run |= {f"{name}/{POOL_FILE}" for name in pools if (folder / name / POOL_FILE).exists()}
     (folder / STEP_PLAN).write_text(plan.to_json() + "\n", encoding="utf-8")
     run.add(STEP_PLAN)
     for name, tokenizer in model.tokenizers.items():
         save_tokenizer(tokenizer, folder / name)
         run.add(f"{name}/{TOKENIZER_FILE}")
-    if dialects and len(plan.paths) == 1 and len(plan.segments) == 1:
+    if read and len(plan.paths) == 1 and len(plan.segments) == 1:
         write_optimum_layout(model, folder)
     for path, content in (files or {}).items():
         (folder / path).write_text(content, encoding="utf-8")
@@ -166,7 +178,7 @@ def export_engine(
         conditioning=model.conditioning,
         tokenizers={name: name for name in model.tokenizers},
         shapes=shapes,
-        targets={row.name: _target_entry(model, row, paths[row.name], jobs) for row in targets},
+        targets={row.name: _target_entry(model, row, paths[row.name], builders.get(row.name), jobs) for row in targets},
         provenance={"model": model.hash(), **(provenance or {})},
     ).sealed(folder, run)
     manifest.write(folder)
@@ -211,17 +223,24 @@ def checked_shapes(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> dict[
 
 def jobs_of(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> Iterator[Job]:
     """Every graph of the engine, the denoiser's segments first."""
-    downscale = model.latent["downscale"]
+    return _jobs(model, shapes, _example_sizes(model, shapes), _extra_tokens(model))
+
+
+def _jobs(
+    model: LatentDiffusion, shapes: Mapping[str, Sizes], sizes: Sequence[Mapping[str, int]], extra_tokens: int
+) -> Iterator[Job]:
+    """Every graph of the engine, the denoiser's segments first.
+
+    Args:
+        model: to be exported.
+        shapes: of the engine.
+        sizes: in latent pixels, of `example` and of `check`.
+        extra_tokens: see `_extra_tokens`.
+    """
     dynamic = {"batch"} | {name for name, (low, _, high) in shapes.items() if low != high}
-    sizes = [
-        {"batch": batch, **{name: _pick(shapes[name], other) for name in ("height", "width", "prompt_tokens")}}
-        for batch, other in ((2, False), (1, True))
-    ]
-    for size in sizes:
-        size["height"], size["width"] = size["height"] // downscale, size["width"] // downscale
     parts = model.parts()
     del parts["denoiser"]
-    yield from _segment_jobs(model, dynamic, sizes)
+    yield from _segment_jobs(model, dynamic, sizes, extra_tokens)
     lengths = {encoder["part"]: int(encoder["max_length"]) for encoder in model.conditioning.get("encoders", ())}
     first = next(iter(lengths.values()), 0)
     for name, part in parts.items():
@@ -233,9 +252,55 @@ def jobs_of(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> Iterator[Job
         yield Job(name, name, name, "model", part, part.inputs, part.outputs, example, check, axes)
 
 
-def _segment_jobs(model: LatentDiffusion, dynamic: set[str], sizes: Sequence[Mapping[str, int]]) -> Iterator[Job]:
-    segments = model.segments()
+def _example_sizes(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> list[dict[str, int]]:
+    """Two sizes to trace and check at, which differ on every dynamic axis."""
+    return [
+        _size(model, 2, {name: _pick(shapes[name], False) for name in _SIDES}),
+        _size(model, 1, {name: _pick(shapes[name], True) for name in _SIDES}),
+    ]
+
+
+def _size(model: LatentDiffusion, batch: int, sides: Mapping[str, int]) -> dict[str, int]:
+    """Sides in latent pixels."""
+    step = model.latent["downscale"]
+    return {"batch": batch, **sides, "height": sides["height"] // step, "width": sides["width"] // step}
+
+
+def profiles(model: LatentDiffusion, shapes: Mapping[str, Sizes]) -> dict[str, Profile]:
+    """Function -> input -> its least, best and greatest shape; found without computing anything.
+
+    Both guidance halves run as one batch, and so do the rows of a span.
+
+    Args:
+        model: with a step plan.
+        shapes: as `checked_shapes` gives them.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert model.step_plan is not None
+    halves = 2 if any(step.guidance != "none" for step in model.step_plan.steps) else 1
+    span = max(step.span for step in model.step_plan.steps)
+    _, best, most = shapes["batch"]
+    sizes = [
+        _size(model, batch, {name: shapes[name][at] for name in _SIDES})
+        for at, batch in enumerate((1, best * halves, most * halves * span))
+    ]
     extra = _extra_tokens(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        least, usual = (list(_jobs(model, shapes, [size, sizes[2]], extra)) for size in sizes[:2])
+    return {
+        low.function: {
+            name: (tuple(tensor.shape), tuple(middle.example[name].shape), tuple(low.check[name].shape))
+            for name, tensor in low.example.items()
+        }
+        for low, middle in zip(least, usual, strict=True)
+    }
+
+
+def _segment_jobs(
+    model: LatentDiffusion, dynamic: set[str], sizes: Sequence[Mapping[str, int]], extra: int
+) -> Iterator[Job]:
+    segments = model.segments()
     tensors = [
         model.family.example_inputs(model.denoiser, **{**size, "prompt_tokens": size["prompt_tokens"] + extra})
         for size in sizes
@@ -304,7 +369,9 @@ def _axes(
 def _exported(
     model: LatentDiffusion, job: Job, dialects: Sequence[str], store: Store | None
 ) -> dict[str, tuple[onnx.ModelProto, Lowered | None]]:
-    """Dialect -> the graph of one function, and how it was lowered; the first one alone where none differs from it.
+    """Dialect -> the graph of one function, and how it was lowered.
+
+    Of those that runtimes read, the first one alone where none differs from it; those in float16 always differ.
 
     The weights go to the disk as the graph is exported, and those that are quantized come back one at a time.
     """
@@ -312,16 +379,18 @@ def _exported(
     from onnx.external_data_helper import load_external_data_for_model
 
     plan = model.quant_plans.get(job.part)
-    differing = dialects if plan is not None and _computes(plan, dialects) else dialects[:1]
+    read = [dialect for dialect in dialects if not DIALECTS[dialect].half]
+    differing = read if plan is not None and _computes(plan, read) else read[:1]
+    differing += [dialect for dialect in dialects if DIALECTS[dialect].half]
 
     def lower_all(folder: Path) -> dict[str, tuple[onnx.ModelProto, Lowered | None]]:
         found: dict[str, tuple[onnx.ModelProto, Lowered | None]] = {}
         for dialect in differing:
             graph, how = onnx.load(folder / _GRAPH, load_external_data=False), None
-            if plan is None:
+            if plan is None and not DIALECTS[dialect].half:
                 load_external_data_for_model(graph, str(folder))
             else:
-                how = _lower(graph, plan, job, dialect, folder)
+                how = _lower(graph, plan or QuantPlan({}), job, dialect, folder)
             strip_metadata(graph)
             found[dialect] = graph, how
         return found
@@ -391,24 +460,33 @@ def _require_all_lowered(
                 raise PassError(f"{part}: {error}") from error
 
 
-def _target_entry(model: LatentDiffusion, row: Target, graphs: Mapping[str, str], jobs: Sequence[Job]) -> TargetEntry:
+def _target_entry(
+    model: LatentDiffusion,
+    row: Target,
+    paths: Mapping[str, str],
+    builder: EngineBuilder | None,
+    jobs: Sequence[Job],
+) -> TargetEntry:
+    half = DIALECTS[row.dialect].half
     formats: dict[str, dict[str, str]] = {}
     options: dict[str, dict[str, Any]] = {job.function: {"device": row.device} for job in jobs if row.machine_code}
     for job in jobs:
         plan = model.quant_plans.get(job.part)
         if plan is None:
             continue
-        schemes = {layer.scheme for layer in plan.layers.values()} | {plan.storage}
+        schemes = {layer.scheme for layer in plan.layers.values()} | {"float16" if half else plan.storage}
         if DIALECTS[row.dialect].attention:
             schemes |= {attention.scheme for attention in plan.attentions.values()}
         if plan.inference_precision == "bfloat16":
             schemes.add("bf16")
             options.setdefault(job.function, {})["inference_precision"] = "bfloat16"
         for scheme in sorted(schemes):
-            if scheme not in row.formats:
-                raise RefusedError(f"the target {row.name} does not know the number format {scheme} of {job.part}")
+            reason = row.refusal(scheme)
+            if reason is not None:
+                raise RefusedError(f"{job.part}: {reason}")
             formats.setdefault(job.part, {})[scheme] = row.formats[scheme]
-    return TargetEntry(row.backend, row.dialect, dict(sorted(graphs.items())), options, formats=formats)
+    built = {} if builder is None else builder.record()
+    return TargetEntry(row.backend, row.dialect, dict(sorted(paths.items())), options, formats=formats, build=built)
 
 
 def _prove_kernels(

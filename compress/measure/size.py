@@ -86,12 +86,11 @@ def _pools(folder: Path, graphs: Iterable[str]) -> set[tuple[str, str]]:
 
 
 def _references(graph: Path) -> list[tuple[str, int, int]]:
-    """Where a graph's weights lie: (file, offset, bytes); machine code holds its own."""
+    """Where a graph's weights lie: (file, offset, bytes); machine code and built engines hold their own."""
     import onnx
 
     if graph.suffix != ".onnx":
         return []
-
     model = onnx.load(graph, load_external_data=False)
     found = []
     for tensor in model.graph.initializer:

@@ -57,6 +57,10 @@ def _listed(value: object) -> object:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
+def _listed_or_none(value: object) -> object:
+    return None if value is None else _listed(value)
+
+
 def _one_of(noun: str, known: Callable[[], Iterable[str]]) -> AfterValidator:
     """Check a name against a table that is looked up only when a recipe is read."""
 
@@ -141,6 +145,25 @@ class Shapes(BaseModel):
     prompt_tokens: Sizes | None = None
 
 
+class TensorRT(BaseModel):
+    """What is asked of the builder of the targets `tensorrt-rtx` and `tensorrt`.
+
+    Attributes:
+        architectures: compute capabilities that `tensorrt-rtx` builds for, `sm_89`; None takes those of its row.
+        weight_streaming: weights may stay in host memory while an engine runs.
+        version_compatible: later versions of the library may open the engines.
+        refit: weights can be replaced in a built engine.
+    """
+
+    model_config = CONFIG
+    architectures: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^sm_\d{2,3}$")], ...] | None, BeforeValidator(_listed_or_none)
+    ] = None
+    weight_streaming: bool = False
+    version_compatible: bool = False
+    refit: bool = False
+
+
 class Calibration(BaseModel):
     """Prompts whose denoising runs give the activation ranges: a .txt (one a line) or .jsonl file."""
 
@@ -219,6 +242,7 @@ class Recipe(BaseModel):
         AfterValidator(_without_repeats),
     ]
     shapes: Shapes
+    tensorrt: TensorRT | None = None
     calibration: Calibration | None = None
     evaluate: Evaluate | None = None
     gates: dict[Metric, Gate] = {}
@@ -280,6 +304,8 @@ class Recipe(BaseModel):
         for at, lora in enumerate(self.loras):
             if not self.locate(lora.file).is_file():
                 raise self.error(("loras", at, "file"), f"there is no file {shown(lora.file)}")
+        if self.tensorrt is not None and not {"tensorrt", "tensorrt-rtx"} & set(self.targets):
+            raise self.error(("tensorrt",), "is for the targets tensorrt-rtx and tensorrt, and the recipe has neither")
         if self.calibration is not None:
             self._check_prompts(("calibration", "prompts"), self.locate(self.calibration.prompts))
         if self.evaluate is not None:
@@ -336,7 +362,14 @@ class Recipe(BaseModel):
         """Return plain data with every default written out."""
         plain = self.model_dump(mode="json", exclude={"passes"})
         plain["passes"] = [{step.name: pass_fields(step)} for step in self.passes]
-        sections = [plain, plain["sampler"], plain["shapes"], plain["evaluate"] or {}, *plain["gates"].values()]
+        sections = [
+            plain,
+            plain["sampler"],
+            plain["shapes"],
+            plain["evaluate"] or {},
+            plain["tensorrt"] or {},
+            *plain["gates"].values(),
+        ]
         for section in sections:
             for name in [name for name, value in section.items() if value is None]:
                 del section[name]

@@ -141,6 +141,14 @@ BACKENDS: dict[str, Row] = {
 }
 
 
+BUILT_ONLY = {
+    name: f"engines of {title} are built by this version and not opened by it: run them with NVIDIA's own runtime on a "
+    "GPU, or open another target of the engine"
+    for name, title in (("tensorrt", "TensorRT"), ("tensorrt-rtx", "TensorRT for RTX"))
+}
+"""Backend that no module here opens -> what to do."""
+
+
 def available(name: str) -> bool:
     """Whether the package of a backend is installed, and its device is there."""
     if name not in BACKENDS or importlib.util.find_spec(BACKENDS[name].package) is None:
@@ -159,6 +167,8 @@ def backend(name: str) -> Backend:
     Raises:
         EngineError: it is unknown, or its package is missing or broken.
     """
+    if name in BUILT_ONLY:
+        raise EngineError(BUILT_ONLY[name])
     if name not in BACKENDS:
         raise EngineError(f"the backend {name!r} is unknown; known backends: {', '.join(BACKENDS)}")
     row = BACKENDS[name]
