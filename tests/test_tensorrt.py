@@ -166,6 +166,8 @@ def test_activations_are_symmetric_and_scales_float16(graph: onnx.ModelProto, pl
     assert isinstance(before, Affine)
     assert isinstance(layer.input, Affine)
     assert layer.input.zero_point == 128
+    reach = max(before.range[1] / 127, -before.range[0] / 128)
+    assert abs(layer.input.scale - reach) <= 2**-11 * reach, "no wider than the numbers need"
     low, high = layer.input.range
     assert low <= before.range[0] + layer.input.scale
     assert high >= before.range[1] * (1 - 2**-10)
