@@ -182,8 +182,10 @@ def require_buildable(row: Target) -> None:
     Raises:
         EngineError: says what is missing, and what to do.
     """
+    if not row.machine_code:
+        return
     needed = BACKENDS[row.backend]
-    if row.machine_code and row.device == needed.device and not available(row.backend):
+    if row.device == needed.device and not available(row.backend):
         raise EngineError(
             f"the target {row.name} is compiled on the machine that runs it, and this one has no NVIDIA GPU that "
             f"{needed.package} could use: run the same recipe there, or leave the target out"
