@@ -131,7 +131,7 @@ def _verdict(bench: Bench, name: str, times: dict[str, float], base: dict[str, A
     if not own:
         return {**base, "way": "verdict", "passed": False, "reason": "none of ours ran"}
     best = min(own, key=lambda way: own[way])
-    floor = bench.floor_ms(0.0, base["flops"] * base["calls"]) if base["flops"] else None
+    floor = bench.floor_ms(0.0, base["flops"] * base["calls"])
     row: Row = {**base, "way": "verdict", "best": best, "floor_ms": floor, "bound": "bf16 products of all calls"}
     measured = {**row, "ms": {**times, "ours": own[best]}}
     row |= {f"against {way}": ms / own[best] for way, ms in times.items() if way not in own}
@@ -139,13 +139,10 @@ def _verdict(bench: Bench, name: str, times: dict[str, float], base: dict[str, A
     return row | {"bars": [judged(measured, bar) for bar in bars]}
 
 
-def _flops(subject: Subject) -> float | None:
+def _flops(subject: Subject) -> float:
     """Of one network call, counted by torch."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            subject.network(*_given(subject.state), subject.text, Eager())
-    except (RuntimeError, NotImplementedError):
-        return None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        subject.network(*_given(subject.state), subject.text, Eager())
     return float(counter.get_total_flops())
