@@ -27,7 +27,9 @@ NEEDS: dict[Kind | None, tuple[Format, ...]] = {"int8": (), "fp8": ("fp8",), Non
 MOST_CHANNELS = 32768
 """A row is one program's; longer ones do not fit its registers."""
 
-_PER_WARP = 512
+PER_WARP = 512
+"""Elements of a row that one warp takes."""
+
 _MOST_WARPS = 16
 
 
@@ -160,8 +162,8 @@ def row_launch(
     channels = out.shape[-1]
     rows = out.numel() // channels
     block = max(16, 1 << (channels - 1).bit_length())
-    together = 2 if architecture == INTERPRETER else max(1, 4 * _PER_WARP // block)
-    warps = min(_MOST_WARPS, max(1, together * block // _PER_WARP))
+    together = 2 if architecture == INTERPRETER else max(1, 4 * PER_WARP // block)
+    warps = min(_MOST_WARPS, max(1, together * block // PER_WARP))
     shared: dict[str, Argument] = {
         "out": out,
         "out_scale": scale,

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.benchmarks.gpu.__main__ import SECTIONS, main
+from kernels import gemm_w8a8
+from recipes.benchmarks.gpu import tune
+from recipes.benchmarks.gpu.__main__ import SECTIONS, TUNING, main
 from recipes.benchmarks.gpu.bench import Bar, Bench, judged
 from recipes.benchmarks.gpu.clock import Clock
 from recipes.benchmarks.gpu.networks import TINY_MMDIT, TINY_UNET, Eager, MMDiT, UNet
@@ -42,13 +44,13 @@ def test_every_section_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert result["versions"]["torch"] == torch.__version__
     sections = result["sections"]
-    assert list(sections) == list(SECTIONS)
+    assert list(sections) == [name for name, row in SECTIONS.items() if row.part != TUNING]
     assert {section["state"] for section in sections.values()} == {"complete"}
     checks = sections["correctness"]["rows"]
     assert len(checks) >= 38
     assert not [row for row in checks if not row["passed"]]
     contests = [row for name in ("steps", "heads", "rows", "products") for row in sections[name]["rows"]]
-    assert len(contests) >= 20
+    assert len(contests) >= 19
     for row in contests:
         assert row["ms"]["ours"] > 0.0
         assert "failed" not in row, row
@@ -60,6 +62,28 @@ def test_every_section_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
         assert ways["ours"]["error"] < ways["ours fp8"]["error"] < ways["ours fp8 cached"]["error"] < 0.5
     assert "plain torch" in " ".join(sections["rows"]["chosen"]) or "reference" in " ".join(sections["rows"]["chosen"])
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_configurations_are_tried_and_put_back(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    before = dict(gemm_w8a8.CONFIGURATIONS)
+    assert main([*CPU, "--out", str(out), "--part", str(TUNING), "--limit", "5"]) == 0
+    tried = [row for section in json.loads(out.read_text())["sections"].values() for row in section["rows"]]
+    assert {row["operation"] for row in tried} > {"attention_int8", "gemm_int8", "gemm_w4a16", "group_norm_silu fp8"}
+    assert all(row["ms"] > 0.0 for row in tried)
+    for row in tune.products(bench()):
+        assert "reason" not in row
+    assert before == gemm_w8a8.CONFIGURATIONS
+
+
+def test_kernels_are_compiled_beforehand_and_nothing_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    assert main([*CPU, "--out", str(out), "--warm", "--sections", "steps", "products", "--limit", "5"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["steps: complete", "products: complete"]
+    assert not list(tmp_path.iterdir())
+    assert main([*CPU, "--out", str(out), "--warm", "--sections", "steps", "--limit", "0.001"]) == 1
 
 
 def test_a_section_that_takes_too_long_is_stopped_and_the_others_are_kept(tmp_path: Path) -> None:

@@ -339,6 +339,15 @@ def test_plans_are_saved_without_the_networks(tiny_folder: Folder, tmp_path: Pat
         model.with_plans(tmp_path)
 
 
+def test_a_plan_without_arrays_is_saved_too(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Weights that are only stored in 16 bits have no scales and no numbers."""
+    model = load(tiny_folder("unet"))
+    planned = model.clone(networks=False)
+    planned.quant_plans["denoiser"] = QuantPlan({}, storage="float16", inference_precision="bfloat16")
+    planned.save_plans(tmp_path)
+    assert model.with_plans(tmp_path).quant_plans == planned.quant_plans
+
+
 def test_hash_sees_everything(tiny_folder: Folder) -> None:
     """One changed weight of any component, one changed option, one changed plan: another hash. Use changes nothing."""
     model = load(tiny_folder("sd3"))

@@ -194,7 +194,7 @@ class LatentDiffusion:
         folder.mkdir(parents=True, exist_ok=True)
         state, arrays = self._state()
         _write_json(folder / STATE_FILE, state)
-        if arrays:
+        if self.quant_plans:  # empty where layers are only stored in 16 bits
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / ARRAYS_FILE)
 
     def with_plans(self, folder: Path) -> LatentDiffusion:

@@ -2,7 +2,8 @@
 
 `python -m recipes.benchmarks.gpu --out gpu.json` needs torch, Triton and NumPy alone. Every section is a process of its
 own with a time limit, and its rows are written as they come: a run that is killed keeps what it has, and goes on with
-`--sections`. Two calls of ten minutes hold everything: `--part 1`, then `--part 2`, into the same file.
+`--sections`. Two calls of ten minutes hold everything: `--part 1`, then `--part 2`, into the same file. `--warm` only
+compiles the kernels of sections, all at a time: with many processors that saves minutes of the GPU.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import import_module, metadata
 from pathlib import Path
@@ -31,7 +34,7 @@ class Section(NamedTuple):
     Attributes:
         function: `module:name` of what yields its rows.
         seconds: that it may take.
-        part: of which ten minutes.
+        part: of which ten minutes, or `TUNING`.
     """
 
     function: str
@@ -48,7 +51,12 @@ SECTIONS = {
     "products": Section("products:run", 110, 1),
     "unet": Section("whole:unet", 340, 2),
     "mmdit": Section("whole:mmdit", 230, 2),
+    "tune-heads": Section("tune:heads", 120, 3),
+    "tune-products": Section("tune:products", 120, 3),
+    "tune-rows": Section("tune:rows", 120, 3),
 }
+TUNING = 3
+"""The part of sections that run only when they are named: they try what the others use."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -59,14 +67,20 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, no torch.compile: shows that everything runs")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="by name; all by default")
-    parser.add_argument("--part", type=int, choices=(1, 2), help="the sections of the first or second ten minutes")
+    parser.add_argument(
+        "--part", type=int, choices=(1, 2, TUNING), help="of the first or second ten minutes, or tuning"
+    )
     parser.add_argument("--limit", type=float, default=1.0, metavar="X", help="multiplies the sections' time limits")
+    parser.add_argument("--warm", action="store_true", help="only compile kernels, of all these sections at once")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.child is not None:
         _child(arguments)
         return 0
-    names = arguments.sections or [name for name, row in SECTIONS.items() if arguments.part in (None, row.part)]
+    parts = (1, 2) if arguments.part is None else (arguments.part,)
+    names = arguments.sections or [name for name, row in SECTIONS.items() if row.part in parts]
+    if arguments.warm:
+        return _warmed(names, arguments)
     result = _opened(arguments)
     complete = True
     for name in names:
@@ -81,12 +95,25 @@ def main(words: list[str] | None = None) -> int:
     return 0 if complete else 1
 
 
+def _warmed(names: list[str], arguments: argparse.Namespace) -> int:
+    """Run sections at the same time, and keep nothing but what Triton kept of them; 0 where all ran to their ends."""
+    states: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        apart = argparse.Namespace(**vars(arguments) | {"out": Path(folder) / "warm.json", "no_compile": True})
+        with ThreadPoolExecutor(len(names)) as pool:
+            for name, state in zip(names, pool.map(lambda name: _run(name, apart), names), strict=True):
+                print(f"{name}: {state}", flush=True)
+                states.append(state)
+    return int(any(state != "complete" for state in states))
+
+
 def _run(name: str, arguments: argparse.Namespace) -> str:
     """One section in a process of its own: `complete`, `stopped` at its limit, or how it failed."""
     log = arguments.out.with_suffix(f".{name}.jsonl")
     log.unlink(missing_ok=True)
     words = [sys.executable, "-m", _HERE, "--child", name, "--out", str(arguments.out), "--device", arguments.device]
-    words += [flag for flag, given in (("--tiny", arguments.tiny), ("--no-compile", arguments.no_compile)) if given]
+    flags = {"--tiny": arguments.tiny, "--no-compile": arguments.no_compile, "--warm": arguments.warm}
+    words += [flag for flag, given in flags.items() if given]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
     limit = SECTIONS[name].seconds * arguments.limit
     try:
@@ -111,7 +138,8 @@ def _child(arguments: argparse.Namespace) -> None:
     logger.setLevel(logging.DEBUG)
     logger.addHandler(_Listing(chosen))
     device = torch.device(arguments.device)
-    clock = Clock(device, *((0.0, 2) if arguments.tiny else ()))
+    many = SECTIONS[arguments.child].part == TUNING
+    clock = Clock(device, *((0.0, 1, 1) if arguments.tiny or arguments.warm else (0.1, 30) if many else ()))
     ceilings = {
         row["ceiling"]: row["value"]
         for row in _opened(arguments)["sections"].get("ceilings", {}).get("rows", ())

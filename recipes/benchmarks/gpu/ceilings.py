@@ -25,7 +25,7 @@ def run(bench: Bench) -> Iterator[Row]:
 
 
 def _copying(bench: Bench, count: int) -> float:
-    source = torch.zeros(count, dtype=torch.uint8, device=bench.device)
+    source = torch.randint(256, (count,), dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     return bench.clock.milliseconds(lambda: target.copy_(source))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _FLUSHED = 1 << 28  # bytes, more than the caches of a GPU hold
-_WARM = 3
+_RECORDING = 3  # calls before one is recorded
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,18 @@ class Clock:
         device: whose time is taken.
         seconds: that one measurement takes, about.
         most: calls.
+        warm: calls before them, that compile, load and warm up.
     """
 
     device: torch.device
     seconds: float = 0.3
     most: int = 100
+    warm: int = 3
 
     @torch.no_grad()
-    def milliseconds(self, function: Callable[[], Any], warm: int = _WARM) -> float:
+    def milliseconds(self, function: Callable[[], Any], warm: int | None = None) -> float:
         """The median of calls after some that compile, load and warm up; at least one call is timed."""
-        for _ in range(warm):
+        for _ in range(self.warm if warm is None else warm):
             function()
         took: list[float] = []
         once = self._cuda if self.device.type == "cuda" else self._host
@@ -61,7 +63,7 @@ def graphed(function: Callable[[], Any]) -> Callable[[], None]:
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside), torch.no_grad():
-        for _ in range(_WARM):
+        for _ in range(_RECORDING):
             function()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()

@@ -135,7 +135,7 @@ def main(words: Sequence[str] | None = None) -> None:
     told = parser.parse_args(words)
     wanted = [
         (name, seed, entry)
-        for seed, entry in tasks(told.seeds, told.workers > 4)
+        for seed, entry in tasks(told.seeds, told.workers > 4 and told.seconds == float("inf"))
         for name in told.models
         if told.only is None or entry.scheme in told.only
     ]
