@@ -339,6 +339,22 @@ def test_plans_are_saved_without_the_networks(tiny_folder: Folder, tmp_path: Pat
         model.with_plans(tmp_path)
 
 
+def test_what_pytorch_computes_alike_is_known(tiny_folder: Folder) -> None:
+    model = load(tiny_folder("unet"))
+    other = model.clone()
+    assert model.computes_like(other)
+    other.fusions = {"conv_in": "nothing"}
+    other.quant_plans["denoiser"] = QuantPlan({}, storage="float16", inference_precision="bfloat16")
+    assert model.computes_like(other)
+    grid = WeightGrid.per_channel(np.ones(len(model.denoiser.conv_out.weight)))
+    other.quant_plans["denoiser"] = QuantPlan({"conv_out": LayerQuant("conv", "int8-w8a32", grid, None)})
+    assert not model.computes_like(other)
+    changed = model.clone()
+    with torch.no_grad():
+        changed.denoiser.conv_out.bias += 1.0
+    assert not model.computes_like(changed)
+
+
 def test_a_plan_without_arrays_is_saved_too(tiny_folder: Folder, tmp_path: Path) -> None:
     """Weights that are only stored in 16 bits have no scales and no numbers."""
     model = load(tiny_folder("unet"))

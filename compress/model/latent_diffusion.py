@@ -176,6 +176,18 @@ class LatentDiffusion:
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
+    def computes_like(self, other: LatentDiffusion) -> bool:
+        """Whether `runtime` makes the same of both: fusions, and weights only stored in 16 bits, do not show there."""
+
+        def shown(model: LatentDiffusion) -> tuple[object, ...]:
+            plans = {name: plan for name, plan in model.quant_plans.items() if plan.layers or plan.attentions}
+            return model.layout, model.step_plan, plans, model.conditioning
+
+        if shown(self) != shown(other):
+            return False
+        own, others = self._networks(), other._networks()
+        return all(own[name] is others[name] for name in own) or self.hash() == other.hash()
+
     def to(self, device: torch.device) -> None:
         """Move the networks; their functions go on taking and giving NumPy arrays."""
         for network in self._networks().values():
