@@ -30,6 +30,7 @@ from export.backends import available, holds_machine_code
 from export.engine import Engine
 from export.manifest import Manifest, read_manifest
 from export.runtime import Runtime
+from export.target import device_of
 
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
@@ -209,7 +210,7 @@ def _race(
     assert plan is not None
     task = baselines.Task(workload.texts[0], workload.height, workload.width)
     call = PipelineCall.of(plan, subject.original.conditioning, workload.height, workload.width)
-    pipeline = open_pipeline(subject.recipe.locate(subject.recipe.model), call)
+    pipeline = open_pipeline(subject.recipe.locate(subject.recipe.model), call, device_of(ready))
     open_engine = partial(_opened, subject.folder)
     heat = interleave(
         [Contestant(name, partial(task.on, open_engine(name, evaluate.threads[0]))) for name in ready],

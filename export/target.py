@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -174,6 +174,11 @@ def target(name: str) -> Target:
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         raise EngineError(f"the target {name!r} is unknown{hint} known targets: {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def device_of(names: Iterable[str]) -> str:
+    """Where PyTorch competes with these targets: on the GPU that one of them runs on, or else on the processor."""
+    return "cuda" if any(target(name).device == "cuda" for name in names) else "cpu"
 
 
 def require_buildable(row: Target) -> None:

@@ -20,8 +20,10 @@ from kernels.quantize import (
     allocated,
     kernel_architecture,
     load_rows,
+    load_vector,
+    modulated_launch,
     quantize_reference,
-    row_launch,
+    row_sum,
     store_rows,
 )
 
@@ -86,25 +88,35 @@ def _adaln(
     shift_stride: tl.tensor,
     scale_stride: tl.tensor,
     eps: tl.tensor,
-    tokens: tl.tensor,
     out: tl.tensor,
     out_scale: tl.tensor,
-    rows: tl.tensor,
+    tokens: tl.tensor,
     channels: tl.tensor,
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
+    TILES: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    values = load_rows(x, row, column, rows, channels, channels)
-    mean = tl.sum(values, 1) / channels
-    centred = tl.where((column < channels)[None, :], values - mean[:, None], 0.0)
-    spread = tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
-    sample = tl.minimum(row, rows - 1) // tokens
-    factor = 1.0 + load_rows(scale, sample, column, rows, channels, scale_stride)
-    values = centred / spread[:, None] * factor + load_rows(shift, sample, column, rows, channels, shift_stride)
-    store_rows(values, out, out_scale, row, column, rows, channels, LIMIT)
+    """Tokens of one sample: its modulation is read once for all of them."""
+    sample = tl.program_id(1)
+    x += sample.to(tl.int64) * tokens * channels
+    out += sample.to(tl.int64) * tokens * channels
+    if LIMIT > 0.0:
+        out_scale += sample * tokens
+    factor, more_factor = load_vector(scale + sample.to(tl.int64) * scale_stride, channels, HEAD, REST)
+    offset, more_offset = load_vector(shift + sample.to(tl.int64) * shift_stride, channels, HEAD, REST)
+    share = 1.0 / channels
+    for tile in range(TILES):
+        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        head, rest = load_rows(x, row, tokens, channels, channels, HEAD, REST)
+        mean = (row_sum(head, rest, REST) * share)[:, None]
+        head = tl.where((tl.arange(0, HEAD) < channels)[None, :], head - mean, 0.0)
+        rest = rest - mean
+        inverse = (1.0 / tl.sqrt(row_sum(head * head, rest * rest, REST) * share + eps))[:, None]
+        head = head * inverse * (1.0 + factor) + offset
+        rest = rest * inverse * (1.0 + more_factor) + more_offset
+        store_rows(head, rest, out, out_scale, row, tokens, channels, LIMIT, HEAD, REST)
 
 
 def _launch(
@@ -124,9 +136,8 @@ def _launch(
         "shift_stride": shift.stride(0),
         "scale_stride": scale.stride(0),
         "eps": eps,
-        "tokens": x.shape[1],
     }
-    return row_launch(_adaln, arguments, out, out_scale, kind, architecture)
+    return modulated_launch(_adaln, arguments, out, out_scale, kind, architecture)
 
 
 def _case(architecture: str, channels: int, kind: Kind | None) -> Launch:

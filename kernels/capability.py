@@ -52,9 +52,10 @@ CAPABILITIES: dict[str, Capability] = {
             {"float": "HGMMA", "int8": "IGMMA", "fp8": "QGMMA"},
             warp_specialization=True,
             vendor={
-                "attention": "on sm_90 cuDNN's bf16 attention reaches 595 TFLOP/s where Triton's reaches 395 "
-                "(Shah et al. 2024, arXiv 2407.08608)",
-                "gemm_fp8": "on sm_90 torch._scaled_mm calls cuBLASLt, which our product is not known to beat",
+                "attention": "on an H200 cuDNN's bf16 attention took 0.75 to 0.9 of the time of our kernel",
+                "cross_attention": "on an H200 cuDNN's attention took as long as our kernel at 64 channels, and 0.55 "
+                "of its time at 128",
+                "gemm_fp8": "on an H200 torch._scaled_mm (cuBLASLt) took 0.6 of the time of our product",
             },
         ),
         # Without an instruction for int8, Triton widens the operands: it compiles, and is slow.

@@ -10,7 +10,7 @@ from kernels.language import jit, tl
 from kernels.launch import Argument, Launch
 from kernels.machine_code import Case
 from kernels.modulation import check_modulation
-from kernels.quantize import kernel_architecture, load_rows, row_launch, store_rows
+from kernels.quantize import kernel_architecture, load_rows, load_vector, modulated_launch, store_rows
 
 
 def gated_residual(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, *, mode: Mode | None = None) -> torch.Tensor:
@@ -50,21 +50,27 @@ def _gated_residual(
     gate: tl.tensor,
     y: tl.tensor,
     gate_stride: tl.tensor,
-    tokens: tl.tensor,
     out: tl.tensor,
     out_scale: tl.tensor,
-    rows: tl.tensor,
+    tokens: tl.tensor,
     channels: tl.tensor,
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
+    TILES: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    branch = load_rows(y, row, column, rows, channels, channels)
-    branch *= load_rows(gate, tl.minimum(row, rows - 1) // tokens, column, rows, channels, gate_stride)
-    values = load_rows(x, row, column, rows, channels, channels) + branch
-    store_rows(values, out, out_scale, row, column, rows, channels, LIMIT)
+    """Tokens of one sample: its gate is read once for all of them."""
+    sample = tl.program_id(1)
+    before = sample.to(tl.int64) * tokens * channels
+    x, y, out = x + before, y + before, out + before
+    factor, more = load_vector(gate + sample.to(tl.int64) * gate_stride, channels, HEAD, REST)
+    for tile in range(TILES):
+        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        head, rest = load_rows(x, row, tokens, channels, channels, HEAD, REST)
+        branch, rest_of_branch = load_rows(y, row, tokens, channels, channels, HEAD, REST)
+        head, rest = head + branch * factor, rest + rest_of_branch * more
+        store_rows(head, rest, out, out_scale, row, tokens, channels, LIMIT, HEAD, REST)
 
 
 def _launch(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, out: torch.Tensor, architecture: str) -> Launch:
@@ -73,9 +79,8 @@ def _launch(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, out: torch.Ten
         "gate": gate,
         "y": y,
         "gate_stride": gate.stride(0),
-        "tokens": x.shape[1],
     }
-    return row_launch(_gated_residual, arguments, out, None, None, architecture)
+    return modulated_launch(_gated_residual, arguments, out, None, None, architecture)
 
 
 def _case(architecture: str) -> Launch:

@@ -25,10 +25,12 @@ FEW = 32
 
 MANY_ROWS: Configurations = {
     "default": Configuration(warps=8, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 128}),
+    "sm_90": Configuration(warps=4, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 64}),
     INTERPRETER: Configuration(warps=4, blocks={"BLOCK_M": 16, "BLOCK_N": 16}),
 }
 FEW_ROWS: Configurations = {
     "default": Configuration(warps=4, stages=4, blocks={"BLOCK_M": 16, "BLOCK_N": 128}),
+    "sm_90": Configuration(warps=4, stages=4, blocks={"BLOCK_M": 16, "BLOCK_N": 64}),
     INTERPRETER: MANY_ROWS[INTERPRETER],
 }
 

@@ -23,10 +23,13 @@ from kernels.quantize import DTYPES, Kind, Quantized
 _WIDE = Configuration(warps=8, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "BAND": 8})
 _NARROW = Configuration(warps=8, stages=4, blocks={"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "BAND": 8})
 
+_TALL = Configuration(warps=8, stages=3, blocks={"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 128, "BAND": 8})
+
 CONFIGURATIONS = {
     "default": _WIDE,
     "sm_86": _NARROW,
     "sm_89": _NARROW,
+    "sm_90": _TALL,  # of ten, within 1 % of the fastest on an H200 in int8, and the fastest in fp8
     "sm_120": _NARROW,
     INTERPRETER: Configuration(warps=4, blocks={"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "BAND": 2}),
 }

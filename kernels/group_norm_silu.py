@@ -200,7 +200,9 @@ def _apply(
     values = (values - mean) * factor + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     values *= tl.sigmoid(values)
     if LIMIT > 0.0:
-        made = codes(values, tl.load(out_scale), LIMIT, out.dtype.element_ty)
+        inverse = 1.0 / tl.load(out_scale)
+        limit = LIMIT / inverse
+        made = codes(tl.minimum(tl.maximum(values, -limit), limit), inverse, out.dtype.element_ty)
     else:
         made = values.to(out.dtype.element_ty)
     tl.store(out + base + at, made, mask=inside)

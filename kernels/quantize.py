@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,8 +28,14 @@ NEEDS: dict[Kind | None, tuple[Format, ...]] = {"int8": (), "fp8": ("fp8",), Non
 MOST_CHANNELS = 32768
 """A row is one program's; longer ones do not fit its registers."""
 
-PER_WARP = 512
+PER_WARP = 1024
 """Elements of a row that one warp takes."""
+
+MOST_TILES, PROGRAMS = 8, 1024
+"""Tiles that a program takes one after the other, as many as leave so many programs."""
+
+LEAST = 32
+"""Channels of a second tile that are worth it."""
 
 _MOST_WARPS = 16
 
@@ -69,55 +76,125 @@ def quantize_reference(values: torch.Tensor, kind: Kind) -> Quantized:
 
 def codes_reference(values: torch.Tensor, scale: torch.Tensor, kind: Kind) -> torch.Tensor:
     """The codes of float32 values, rounded to the nearest, ties to even; what is too large saturates."""
-    scaled = (values / scale).clamp(-LIMITS[kind], LIMITS[kind])
+    scaled = (values * (1.0 / scale)).clamp(-LIMITS[kind], LIMITS[kind])
     return (scaled.round() if kind == "int8" else scaled).to(DTYPES[kind])
 
 
 @jit
-def row_scale(values: tl.tensor, LIMIT: tl.constexpr) -> tl.tensor:
-    """The scale of each row of a tile (rows, channels) of float32."""
-    largest = tl.max(tl.abs(values), 1)
+def scale_of(largest: tl.tensor, LIMIT: tl.constexpr) -> tl.tensor:
+    """The scale of numbers of this largest magnitude."""
     return tl.where(largest > 0.0, largest / LIMIT, 1.0)
 
 
 @jit
-def codes(values: tl.tensor, scale: tl.tensor, LIMIT: tl.constexpr, TYPE: tl.constexpr) -> tl.tensor:
-    """The codes of float32 values; adding and subtracting 1.5 * 2^23 rounds to whole numbers, ties to even."""
-    scaled = tl.minimum(tl.maximum(values / scale, -LIMIT), LIMIT)
+def codes(values: tl.tensor, inverse: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
+    """The codes of float32 values by the inverse of their scale, which keeps them within the limit.
+
+    Adding 1.5 * 2^23 rounds to whole numbers, ties to even, and leaves the number in the low bits.
+    """
+    scaled = values * inverse
     if TYPE == tl.int8:
-        scaled = (scaled + 12582912.0) - 12582912.0
+        return (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     return scaled.to(TYPE)
 
 
 @jit
-def load_rows(
-    x: tl.tensor, row: tl.tensor, column: tl.tensor, rows: tl.tensor, channels: tl.tensor, stride: tl.tensor
+def load_part(
+    x: tl.tensor, row: tl.tensor, in_rows: tl.tensor, width: tl.tensor, stride: tl.tensor, WIDTH: tl.constexpr
 ) -> tl.tensor:
-    """A tile (rows, channels) as float32, zero outside of the channels; `stride` elements lie between rows."""
-    inside = (row < rows)[:, None] & (column < channels)[None, :]
+    """One tile (rows, WIDTH) of `load_rows`."""
+    column = tl.arange(0, WIDTH)
+    inside = in_rows[:, None] & (column < width)[None, :]
     return tl.load(x + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
-def store_rows(
+def load_rows(
+    x: tl.tensor,
+    row: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    stride: tl.tensor,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Rows as two tiles of float32, (rows, HEAD) and (rows, REST), zero outside of the channels.
+
+    The widths of networks are often three or five times a power of two, which is what two powers of two add up to. The
+    second tile is the number zero where REST is. `stride` elements lie between rows.
+    """
+    head = load_part(x, row, row < rows, channels, stride, HEAD)
+    if REST > 0:
+        rest = load_part(x + HEAD, row, row < rows, channels - HEAD, stride, REST)
+    else:
+        rest = 0.0
+    return head, rest
+
+
+@jit
+def load_vector(
+    x: tl.tensor, channels: tl.tensor, HEAD: tl.constexpr, REST: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Numbers that all rows share, as `load_rows` gives a single row."""
+    return load_rows(x, tl.arange(0, 1), 1, channels, 0, HEAD, REST)
+
+
+@jit
+def row_sum(head: tl.tensor, rest: tl.tensor, REST: tl.constexpr) -> tl.tensor:
+    """The sum over the channels of both tiles."""
+    total = tl.sum(head, 1)
+    if REST > 0:
+        total += tl.sum(rest, 1)
+    return total
+
+
+@jit
+def store_part(
     values: tl.tensor,
+    inverse: tl.tensor,
+    out: tl.tensor,
+    row: tl.tensor,
+    in_rows: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    CODED: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """One tile (rows, WIDTH) of `store_rows`."""
+    column = tl.arange(0, WIDTH)
+    inside = in_rows[:, None] & (column < width)[None, :]
+    at = out + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if CODED:
+        tl.store(at, codes(values, inverse[:, None], out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(at, values.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def store_rows(
+    head: tl.tensor,
+    rest: tl.tensor,
     out: tl.tensor,
     out_scale: tl.tensor,
     row: tl.tensor,
-    column: tl.tensor,
     rows: tl.tensor,
     channels: tl.tensor,
     LIMIT: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
 ) -> None:
-    """Store a tile (rows, channels) of float32, zero outside of the channels: as it is, or as codes if LIMIT > 0."""
-    at = row.to(tl.int64)[:, None] * channels + column[None, :]
-    inside = (row < rows)[:, None] & (column < channels)[None, :]
+    """Store both tiles of rows, zero outside of the channels: as they are, or as codes if LIMIT > 0."""
+    inverse = head
     if LIMIT > 0.0:
-        scale = row_scale(values, LIMIT)
+        largest = tl.max(tl.abs(head), 1)
+        if REST > 0:
+            largest = tl.maximum(largest, tl.max(tl.abs(rest), 1))
+        scale = scale_of(largest, LIMIT)
         tl.store(out_scale + row, scale, mask=row < rows)
-        tl.store(out + at, codes(values, scale[:, None], LIMIT, out.dtype.element_ty), mask=inside)
-    else:
-        tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
+        inverse = 1.0 / scale
+    store_part(head, inverse, out, row, row < rows, channels, channels, LIMIT > 0.0, HEAD)
+    if REST > 0:
+        store_part(rest, inverse, out + HEAD, row, row < rows, channels - HEAD, channels, LIMIT > 0.0, REST)
 
 
 @jit
@@ -129,12 +206,12 @@ def _quantize(
     channels: tl.tensor,
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    values = load_rows(x, row, column, rows, channels, channels)
-    store_rows(values, out, out_scale, row, column, rows, channels, LIMIT)
+    head, rest = load_rows(x, row, rows, channels, channels, HEAD, REST)
+    store_rows(head, rest, out, out_scale, row, rows, channels, LIMIT, HEAD, REST)
 
 
 def _launch(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, kind: Kind, architecture: str) -> Launch:
@@ -152,27 +229,65 @@ def row_launch(
     """The launch of a kernel that ends with `store_rows`: whole rows per program, two 16-byte loads a thread.
 
     Args:
-        kernel: takes `out`, `out_scale`, `rows`, `channels`, `LIMIT`, `ROWS` and `BLOCK` besides the arguments.
+        kernel: takes `out`, `out_scale`, `rows`, `channels`, `LIMIT`, `ROWS`, `HEAD` and `REST` besides the
+            arguments.
         arguments: of its own.
         out: (..., channels).
         scale: (...,) where the output is rounded.
         kind: likewise.
         architecture: to run on.
     """
+    rows = out.numel() // out.shape[-1]
+    shared, configuration = _tiles(out, scale, kind, architecture)
+    programs = ceiling(rows, configuration.blocks["ROWS"])
+    return Launch(kernel, (programs,), {**arguments, **shared, "rows": rows}, configuration)
+
+
+def modulated_launch(
+    kernel: Kernel,
+    arguments: dict[str, Argument],
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    kind: Kind | None,
+    architecture: str,
+) -> Launch:
+    """Likewise, of a kernel whose programs take `TILES` tiles of one sample, since their tokens share a modulation.
+
+    The kernel takes `tokens` in place of `rows`; out is (samples, tokens, channels).
+    """
+    samples, tokens = out.shape[:2]
+    shared, configuration = _tiles(out, scale, kind, architecture)
+    rows = configuration.blocks["ROWS"]
+    tiles = 2 if architecture == INTERPRETER else min(MOST_TILES, max(1, samples * tokens // (rows * PROGRAMS)))
+    configuration = replace(configuration, blocks={**configuration.blocks, "TILES": tiles})
+    grid = (ceiling(tokens, rows * tiles), samples)
+    return Launch(kernel, grid, {**arguments, **shared, "tokens": tokens}, configuration)
+
+
+def _tiles(
+    out: torch.Tensor, scale: torch.Tensor | None, kind: Kind | None, architecture: str
+) -> tuple[dict[str, Argument], Configuration]:
+    """What all of them take, and their tiles."""
     channels = out.shape[-1]
-    rows = out.numel() // channels
-    block = max(16, 1 << (channels - 1).bit_length())
+    head, rest = widths(channels, architecture)
+    block = 2 * head if rest else head
     together = 2 if architecture == INTERPRETER else max(1, 4 * PER_WARP // block)
     warps = min(_MOST_WARPS, max(1, together * block // PER_WARP))
     shared: dict[str, Argument] = {
         "out": out,
         "out_scale": scale,
-        "rows": rows,
         "channels": channels,
         "LIMIT": 0.0 if kind is None else LIMITS[kind],
     }
-    configuration = Configuration(warps=warps, blocks={"ROWS": together, "BLOCK": block})
-    return Launch(kernel, (ceiling(rows, together),), {**arguments, **shared}, configuration)
+    return shared, Configuration(warps=warps, blocks={"ROWS": together, "HEAD": head, "REST": rest})
+
+
+def widths(channels: int, architecture: str) -> tuple[int, int]:
+    """Widths of the two tiles of a row, powers of two: without padding if they add up to the channels, else with."""
+    above = 1 << (channels - 1).bit_length()
+    head, rest = above // 2, channels - above // 2
+    least = 2 if architecture == INTERPRETER else LEAST
+    return (head, rest) if rest.bit_count() == 1 and rest >= least and above != channels else (max(16, above), 0)
 
 
 def kernel_architecture(

@@ -19,7 +19,7 @@ from kernels.heads import aligned, load_tile, power_of_2
 from kernels.language import ceiling, jit, tl
 from kernels.launch import Configuration, Launch
 from kernels.machine_code import Case
-from kernels.quantize import DTYPES, LIMITS, NEEDS, Kind, codes, quantize_reference, row_scale
+from kernels.quantize import DTYPES, LIMITS, NEEDS, Kind, codes, quantize_reference, scale_of
 
 
 @jit
@@ -47,11 +47,11 @@ def _quantize_groups(
         centre = tl.load(mean + row * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)
         tile = tl.where(first + token[:, None] < tokens, tile - centre[None, :], 0.0)
     tile *= factor
-    scale = row_scale(tl.max(tl.abs(tile), 0)[None, :], LIMIT)
+    scale = scale_of(tl.max(tl.max(tl.abs(tile), 0), 0), LIMIT)
     index = row.to(tl.int64) * tl.num_programs(0) + group
-    tl.store(scales + index + tl.arange(0, 1), scale)
+    tl.store(scales + index, scale)
     offsets = token[:, None] * BLOCK_CHANNELS + channel[None, :]
-    tl.store(out + index * GROUP * BLOCK_CHANNELS + offsets, codes(tile, scale[:, None], LIMIT, out.dtype.element_ty))
+    tl.store(out + index * GROUP * BLOCK_CHANNELS + offsets, codes(tile, 1.0 / scale, out.dtype.element_ty))
 
 
 @jit
@@ -73,8 +73,8 @@ def _quantize_channels(
         source, source_strides, row // heads, row % heads, first, tokens, CHANNELS, GROUP, BLOCK_CHANNELS, False
     ).to(tl.float32)
     peak = tl.load(peaks + row * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)
-    scale = row_scale(peak[:, None], LIMIT)
-    coded = codes(tl.trans(tile), scale[:, None], LIMIT, out.dtype.element_ty)
+    scale = scale_of(peak, LIMIT)
+    coded = codes(tl.trans(tile), (1.0 / scale)[:, None], out.dtype.element_ty)
     padded = tl.num_programs(0) * GROUP
     out += row.to(tl.int64) * BLOCK_CHANNELS * padded + first
     tl.store(out + channel[:, None] * padded + token[None, :], coded)

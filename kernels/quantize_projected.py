@@ -98,7 +98,7 @@ def _quantize_projected(
     for first in range(0, channels, BLOCK):
         inside = in_rows & (column < channels - first)[None, :]
         values = tl.load(x + at + first, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at + first, codes(values, scale[:, None], LIMIT, out.dtype.element_ty), mask=inside)
+        tl.store(out + at + first, codes(values, (1.0 / scale)[:, None], out.dtype.element_ty), mask=inside)
 
 
 def _launch(

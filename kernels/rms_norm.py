@@ -14,7 +14,7 @@ from kernels.errors import KernelError
 from kernels.language import jit, tl
 from kernels.launch import Argument, Launch
 from kernels.machine_code import Case
-from kernels.quantize import kernel_architecture, load_rows, row_launch, store_rows
+from kernels.quantize import kernel_architecture, load_rows, load_vector, row_launch, row_sum, store_rows
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, mode: Mode | None = None) -> torch.Tensor:
@@ -59,14 +59,15 @@ def _rms_norm(
     channels: tl.tensor,
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    REST: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    values = load_rows(x, row, column, rows, channels, channels)
-    spread = tl.sqrt(tl.sum(values * values, 1) / channels + eps)
-    factor = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
-    store_rows(values / spread[:, None] * factor[None, :], out, out_scale, row, column, rows, channels, LIMIT)
+    head, rest = load_rows(x, row, rows, channels, channels, HEAD, REST)
+    inverse = (1.0 / tl.sqrt(row_sum(head * head, rest * rest, REST) / channels + eps))[:, None]
+    factor, more = load_vector(weight, channels, HEAD, REST)
+    head, rest = head * inverse * factor, rest * inverse * more
+    store_rows(head, rest, out, out_scale, row, rows, channels, LIMIT, HEAD, REST)
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, architecture: str) -> Launch:

@@ -59,7 +59,8 @@ def test_every_section_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
         ways = {row["way"]: row for row in sections[name]["rows"]}
         assert list(ways) == ["eager", "ours", "ours fp8", "ours fp8 cached", "verdict"]
         assert ways["ours"]["error"] < 0.1
-        assert ways["ours"]["error"] < ways["ours fp8"]["error"] < ways["ours fp8 cached"]["error"] < 0.5
+        assert ways["ours"]["error"] < ways["ours fp8"]["error"] < 0.5
+        assert ways["ours"]["error"] < ways["ours fp8 cached"]["error"] < 0.5
     assert "plain torch" in " ".join(sections["rows"]["chosen"]) or "reference" in " ".join(sections["rows"]["chosen"])
     assert not list(tmp_path.glob("*.jsonl"))
 

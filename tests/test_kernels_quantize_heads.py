@@ -91,8 +91,8 @@ def test_channels_are_rounded_to_the_nearest_code(interpreter: Interpreter, chan
         ("first + token[:, None] < tokens, tile - centre[None, :], 0.0)", "tile == tile, tile - centre[None, :], 0.0)"),
         ("tl.load(mean + row * CHANNELS", "tl.load(mean + head * CHANNELS".replace("head", "0")),
         ("tile *= factor", "tile *= 1"),
-        ("tl.abs(tile), 0)[None, :], LIMIT)", "tl.abs(tile), 0)[None, :], 2 * LIMIT)"),
-        ("tl.store(scales + index + tl", "tl.store(scales + group + tl"),
+        ("tl.abs(tile), 0), 0), LIMIT)", "tl.abs(tile), 0), 0), 2 * LIMIT)"),
+        ("tl.store(scales + index", "tl.store(scales + group"),
         ("out + index * GROUP", "out + group * GROUP"),
     ],
 )
@@ -105,7 +105,7 @@ def test_broken_groups_are_seen(interpreter: Interpreter, old: str, new: str) ->
     ("old", "new"),
     [
         ("peaks + row * CHANNELS", "peaks"),
-        ("row_scale(peak[:, None], LIMIT)", "row_scale(peak[:, None], LIMIT / 2)"),
+        ("scale_of(peak, LIMIT)", "scale_of(peak, LIMIT / 2)"),
         ("channel[:, None] * padded + token[None, :], coded", "channel[:, None] * padded + 1 + token[None, :], coded"),
     ],
 )

@@ -16,6 +16,10 @@ TOLERANCE = {"float32": 1e-6, "float16": 6e-4, "bfloat16": 4e-3, "int8": 2e-3, "
 """Half the spacing of a type; of codes, how many may differ where float32 and float64 round to another."""
 
 
+TWO = 48
+"""Channels that are two powers of two, and so two tiles."""
+
+
 def randn(*shape: int, seed: int, dtype: str) -> torch.Tensor:
     made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return guarded(made.to(getattr(torch, dtype)))
@@ -30,8 +34,8 @@ def rounded(values: torch.Tensor, kind: str) -> torch.Tensor:
     return codes * scale
 
 
-def of_quantize(op: ModuleType, dtype: str, kind: str, mode: str = "triton") -> float:
-    x = randn(3, 5, 37, seed=0, dtype=dtype)
+def of_quantize(op: ModuleType, dtype: str, kind: str, mode: str = "triton", channels: int = 37) -> float:
+    x = randn(3, 5, channels, seed=0, dtype=dtype)
     x[1, 2] = 0.0
     x[0, 1] *= 100.0
     got = op.quantize(x, kind, mode=mode)
@@ -52,26 +56,32 @@ def of_adaln(op: ModuleType, dtype: str, kind: str | None = None, mode: str = "t
     return relative_error(got.dequantized(), rounded(truth, kind))
 
 
-def of_gated_residual(op: ModuleType, dtype: str, mode: str = "triton") -> float:
-    x, y = (randn(3, 5, 37, seed=seed, dtype=dtype) for seed in (0, 1))
-    gate = randn(3, 2 * 37, seed=2, dtype=dtype).chunk(2, dim=1)[1]
+def of_gated_residual(op: ModuleType, dtype: str, mode: str = "triton", channels: int = 37) -> float:
+    x, y = (randn(3, 5, channels, seed=seed, dtype=dtype) for seed in (0, 1))
+    gate = randn(3, 2 * channels, seed=2, dtype=dtype).chunk(2, dim=1)[1]
     truth = x.double() + gate.double()[:, None] * y.double()
     return relative_error(op.gated_residual(x, gate, y, mode=mode), truth)
 
 
-def of_rms_norm(op: ModuleType, dtype: str, mode: str = "triton") -> float:
-    x, weight = randn(3, 5, 37, seed=0, dtype=dtype), randn(37, seed=1, dtype=dtype)
+def of_rms_norm(op: ModuleType, dtype: str, mode: str = "triton", channels: int = 37) -> float:
+    x, weight = randn(3, 5, channels, seed=0, dtype=dtype), randn(channels, seed=1, dtype=dtype)
     truth = x.double() / (x.double().square().mean(dim=-1, keepdim=True) + 0.1).sqrt() * weight.double()
     return relative_error(op.rms_norm(x, weight, 0.1, mode=mode), truth)
 
 
 def of_gelu(
-    op: ModuleType, dtype: str, gated: bool, tanh: bool, kind: str | None = None, mode: str = "triton"
+    op: ModuleType,
+    dtype: str,
+    gated: bool,
+    tanh: bool,
+    kind: str | None = None,
+    mode: str = "triton",
+    channels: int = 37,
 ) -> float:
-    x = randn(5, 2 * 37 if gated else 37, seed=0, dtype=dtype)
-    gate = x.double()[:, -37:]
+    x = randn(5, 2 * channels if gated else channels, seed=0, dtype=dtype)
+    gate = x.double()[:, -channels:]
     truth = torch.nn.functional.gelu(gate, approximate="tanh" if tanh else "none")
-    truth = truth * x.double()[:, :37] if gated else truth
+    truth = truth * x.double()[:, :channels] if gated else truth
     if kind is None:
         return relative_error(op.gelu(x, gated=gated, tanh=tanh, mode=mode), truth)
     got = op.gelu_quantized(x, kind, gated=gated, tanh=tanh, mode=mode)
@@ -88,6 +98,13 @@ RUNS: list[tuple[Any, ModuleType, dict[str, Any]]] = [
     *((of_gated_residual, gated_residual, {"dtype": dtype}) for dtype in ("float32", "float16", "bfloat16")),
     *((of_gelu, gelu, {"dtype": "float32", "gated": gated, "tanh": tanh}) for gated in (0, 1) for tanh in (0, 1)),
     *((of_gelu, gelu, {"dtype": "bfloat16", "gated": True, "tanh": False, "kind": kind}) for kind in ("int8", "fp8")),
+    (of_quantize, quantize, {"dtype": "bfloat16", "kind": "int8", "channels": TWO}),
+    (of_adaln, adaln, {"dtype": "bfloat16", "kind": "fp8", "channels": TWO}),
+    (of_adaln, adaln, {"dtype": "float32", "channels": TWO}),
+    (of_rms_norm, rms_norm, {"dtype": "float32", "channels": TWO}),
+    (of_gated_residual, gated_residual, {"dtype": "float32", "channels": TWO}),
+    (of_gelu, gelu, {"dtype": "float32", "gated": True, "tanh": True, "channels": TWO}),
+    (of_gelu, gelu, {"dtype": "bfloat16", "gated": False, "tanh": False, "kind": "int8", "channels": TWO}),
 ]
 
 
@@ -104,29 +121,40 @@ def test_kernel_and_definition_agree_with_float64(
     ("operation", "old", "new", "error", "arguments"),
     [
         ("quantize", "largest / LIMIT, 1.0)", "largest * LIMIT, 1.0)", of_quantize, {"kind": "int8"}),
-        ("quantize", "(scaled + 12582912.0) - 12582912.0", "scaled", of_quantize, {"kind": "int8"}),
+        ("quantize", "scaled + 12582912.0", "scaled + 12582913.0", of_quantize, {"kind": "int8"}),
         ("quantize", "mask=inside, other=0.0)", "mask=None)", of_quantize, {"kind": "int8"}),
-        ("quantize", "out.dtype.element_ty), mask=inside)\n    else", "out.dtype.element_ty))\n    else", of_quantize,
-         {"kind": "fp8"}),
+        ("quantize", "element_ty), mask=inside)\n    else", "element_ty))\n    else", of_quantize, {"kind": "fp8"}),
         ("quantize", "scale, mask=row < rows)", "scale)", of_quantize, {"kind": "fp8"}),
-        ("quantize", "tl.max(tl.abs(values), 1)", "tl.max(values, 1)", of_quantize, {"kind": "fp8"}),
-        ("adaln", "tl.where((column < channels)[None, :], values - mean[:, None], 0.0)", "values - mean[:, None]",
+        ("quantize", "tl.max(tl.abs(head), 1)", "tl.max(head, 1)", of_quantize, {"kind": "fp8"}),
+        ("quantize", "tl.maximum(largest, tl.max(tl.abs(rest), 1))", "largest", of_quantize,
+         {"kind": "int8", "channels": TWO}),
+        ("quantize", "load_part(x + HEAD, row", "load_part(x, row", of_quantize, {"kind": "fp8", "channels": TWO}),
+        ("quantize", "out + HEAD, row", "out, row", of_quantize, {"kind": "fp8", "channels": TWO}),
+        ("adaln", "(tl.arange(0, HEAD) < channels)[None, :], head - mean, 0.0", "mean < float('inf'), head - mean, 0.0",
          of_adaln, {}),
-        ("adaln", "/ channels + eps", "/ channels", of_adaln, {}),
-        ("adaln", "factor = 1.0 + load_rows", "factor = load_rows", of_adaln, {}),
-        ("adaln", "tl.minimum(row, rows - 1) // tokens", "row // tokens", of_adaln, {}),
-        ("adaln", "tl.minimum(row, rows - 1) // tokens", "row % 3", of_adaln, {}),
-        ("adaln", "channels, scale_stride)", "channels, channels)", of_adaln, {}),
+        ("adaln", "* share + eps", "* share", of_adaln, {}),
+        ("adaln", "(1.0 + factor)", "factor", of_adaln, {}),
+        ("adaln", "(1.0 + more_factor)", "more_factor", of_adaln, {"channels": TWO}),
+        ("adaln", "rest = rest - mean", "rest = rest", of_adaln, {"channels": TWO}),
+        ("adaln", "scale + sample.to(tl.int64) * scale_stride", "scale", of_adaln, {}),
+        ("adaln", "shift_stride, channels", "channels, channels", of_adaln, {}),
+        ("adaln", "* TILES + tile", "* TILES", of_adaln, {}),
+        ("adaln", "out_scale += sample * tokens", "out_scale += 0", of_adaln, {"kind": "int8"}),
         ("rms_norm", "/ channels + eps", "/ channels", of_rms_norm, {}),
-        ("rms_norm", "/ channels + eps", "/ BLOCK + eps", of_rms_norm, {}),
-        ("rms_norm", "mask=column < channels, other=0.0", "mask=None", of_rms_norm, {}),
-        ("rms_norm", " * factor[None, :]", "", of_rms_norm, {}),
-        ("gated_residual", "tl.minimum(row, rows - 1) // tokens", "row // tokens", of_gated_residual, {}),
-        ("gated_residual", "tl.minimum(row, rows - 1) // tokens", "row * 0", of_gated_residual, {}),
-        ("gated_residual", "channels, channels) + branch", "channels, channels) - branch", of_gated_residual, {}),
+        ("rms_norm", "/ channels + eps", "/ HEAD + eps", of_rms_norm, {}),
+        ("rms_norm", "head * inverse * factor", "head * inverse", of_rms_norm, {}),
+        ("rms_norm", "rest * inverse * more", "rest * inverse", of_rms_norm, {"channels": TWO}),
+        ("gated_residual", "x + before, y + before", "x + before, y", of_gated_residual, {}),
+        ("gated_residual", "gate + sample.to(tl.int64) * gate_stride", "gate", of_gated_residual, {}),
+        ("gated_residual", "head + branch * factor", "head - branch * factor", of_gated_residual, {}),
+        ("gated_residual", "rest_of_branch * more", "rest_of_branch", of_gated_residual, {"channels": TWO}),
+        ("gated_residual", "* TILES + tile", "* TILES", of_gated_residual, {}),
         ("gelu", "0.044715 * gate * gate * gate", "0.044715 * gate * gate", of_gelu, {"gated": True, "tanh": True}),
         ("gelu", "x + width - channels", "x", of_gelu, {"gated": True, "tanh": False}),
-        ("gelu", "tl.erf(0.7071067811865476 * gate)", "tl.erf(gate)", of_gelu, {"gated": False, "tanh": False}),
+        ("gelu", "gate > 0.0, 1.0 - tail, tail", "gate < 0.0, 1.0 - tail, tail", of_gelu,
+         {"gated": False, "tanh": False}),
+        ("gelu", "0.5307027145", "0.53", of_gelu, {"gated": False, "tanh": False}),
+        ("gelu", "rest * rest_of_value", "rest", of_gelu, {"gated": True, "tanh": False, "channels": TWO}),
     ],
 )  # fmt: skip
 def test_a_broken_kernel_is_seen(

@@ -63,6 +63,7 @@ def _race(
     from compress.measure.latency import Contestant, interleave, torch_threads
     from compress.measure.original import PipelineCall, open_pipeline
     from export.engine import Engine
+    from export.target import device_of
 
     engines = {
         name: Engine.open(arguments.engine, target=name, threads=threads, trusted=arguments.trusted) for name in names
@@ -71,7 +72,8 @@ def _race(
     height, width = (first.manifest.shapes[side][1] for side in ("height", "width"))
     golden = first.manifest.golden
     prompt = arguments.prompt if arguments.prompt is not None else golden.prompts[0] if golden is not None else ""
-    pipeline = open_pipeline(model, PipelineCall.of(first.plan, first.manifest.conditioning, height, width))
+    call = PipelineCall.of(first.plan, first.manifest.conditioning, height, width)
+    pipeline = open_pipeline(model, call, device_of(engines))
     contestants = [Contestant(ORIGINAL, lambda: pipeline.generate(prompt))]
     for name, engine in engines.items():
         contestants.append(

@@ -95,12 +95,13 @@ class Pipeline:
         return copy
 
 
-def open_pipeline(folder: str | Path, call: PipelineCall | Mapping[str, Any]) -> Pipeline:
+def open_pipeline(folder: str | Path, call: PipelineCall | Mapping[str, Any], device: str = "cpu") -> Pipeline:
     """Open the original with `DiffusionPipeline.from_pretrained`, in float32, from local files only.
 
     Args:
         folder: of the model, as diffusers saves it.
         call: how it will be called; a mapping holds the fields.
+        device: as PyTorch names it; noise is drawn on the CPU wherever the networks are.
 
     Raises:
         RefusedError: diffusers cannot open the folder.
@@ -124,7 +125,7 @@ def open_pipeline(folder: str | Path, call: PipelineCall | Mapping[str, Any]) ->
         constructor = _own_options(cls, how.options)
         pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **constructor)
     pipeline.set_progress_bar_config(disable=True)
-    return Pipeline(pipeline, how)
+    return Pipeline(pipeline.to(device), how)
 
 
 @contextlib.contextmanager

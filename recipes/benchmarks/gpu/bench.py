@@ -68,6 +68,24 @@ class Bench:
         compute = flops / self.ceilings[kind] / 1e9 if flops else 0.0
         return max(moved / self.ceilings["copy"] / 1e6, compute)
 
+    def beside_a_copy(self, row: Row, moved: float, share: float) -> Row:
+        """The row of a contest, with the time of copying as many bytes, of which ours must reach a share.
+
+        Small copies are far from the ceiling of large ones, and so is all else of their size.
+        """
+        source = torch.randint(256, (round(moved / 2),), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+
+        def copying() -> None:
+            target.copy_(source)
+
+        copy = self.clock.milliseconds(graphed(copying) if self.device.type == "cuda" else copying)
+        row = {**row, "copy_ms": copy}
+        bar = Bar(share, "a copy of as many bytes")
+        if self.device.type != "cuda":
+            return row | {"bar": str(bar)}
+        return row | judged({**row, "ms": {**row["ms"], "a copy of as many bytes": copy}}, bar)
+
     def contest(
         self,
         operation: str,

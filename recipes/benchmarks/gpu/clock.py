@@ -76,11 +76,12 @@ def launches(function: Callable[[], Any], device: torch.device) -> int:
     """How many kernels a call starts on a GPU; elsewhere how many operations torch dispatches."""
     activity = torch.profiler.ProfilerActivity
     cuda = device.type == "cuda"
-    function()
-    with torch.no_grad(), torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as seen:
+    with torch.no_grad():
         function()
-        if cuda:
-            torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as seen:
+            function()
+            if cuda:
+                torch.cuda.synchronize()
     events = seen.events() or []
     if cuda:
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)

@@ -54,6 +54,7 @@ def _eight_bits(bench: Bench, which: Tokens) -> Iterator[Row]:
             flops=flops,
             kind=dtype,
             bar=INT8_BAR if kind == "int8" else None,
+            truth=torch.addmm(bias.float(), a.dequantized(), b.dequantized().t()),
         )
         down, up = bench.randn(RANK, channels, seed=3), bench.randn(outputs, RANK, seed=4)
         yield bench.contest(
@@ -91,7 +92,7 @@ def _int8(bench: Bench, a: Quantized, b: Quantized, bias: Tensor) -> dict[str, C
 
 
 def _fp8(bench: Bench, a: Quantized, b: Quantized, bias: Tensor) -> dict[str, Callable[[], Any]]:
-    def scaled() -> Tensor:
+    def scaled(fast: bool) -> Tensor:
         return torch._scaled_mm(
             a.codes,
             b.codes.t(),
@@ -99,11 +100,12 @@ def _fp8(bench: Bench, a: Quantized, b: Quantized, bias: Tensor) -> dict[str, Ca
             scale_b=b.scale[None],
             bias=bias,
             out_dtype=torch.bfloat16,
-            use_fast_accum=True,
+            use_fast_accum=fast,
         )
 
     kernel = {"ours": lambda: gemm_w8a8(a, b, bias, mode="triton")} if bench.device.type == "cuda" else {}
-    return {"_scaled_mm": scaled, **{f"{name}, the kernel": call for name, call in kernel.items()}}
+    peers = {"_scaled_mm": lambda: scaled(False), "_scaled_mm, fast sums": lambda: scaled(True)}
+    return {**peers, **{f"{name}, the kernel": call for name, call in kernel.items()}}
 
 
 def _four_bits(bench: Bench) -> Iterator[Row]:

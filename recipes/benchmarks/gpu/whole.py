@@ -101,7 +101,7 @@ def _runs(bench: Bench, name: str, make: Callable[[Sizes], nn.Module], sizes: Si
         "ours fp8 cached": lambda: subject.ours(OursFp8(subject.network), True),
     }
     if bench.compile:
-        for mode, way in (("default", "compiled default"), ("max-autotune", "compiled")):
+        for mode, way in (("max-autotune", "compiled"), ("default", "compiled default")):
             ways[way] = lambda mode=mode: subject.peer(torch.compile(eager, mode=mode), mode == "max-autotune")
     truth: Tensor | None = None
     for way, open_way in ways.items():
