@@ -89,7 +89,8 @@ def test_kernels_are_compiled_beforehand_and_nothing_is_kept(
 
 def test_a_section_that_takes_too_long_is_stopped_and_the_others_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    assert main([*CPU, "--out", str(out), "--sections", "ceilings", "--limit", "5"]) == 0
+    kept = ["--compiled", str(tmp_path / "kept")]
+    assert main([*CPU, "--out", str(out), "--sections", "ceilings", "--limit", "5", *kept]) == 0
     assert main([*CPU, "--out", str(out), "--sections", "unet", "--limit", "0.001"]) == 1
     sections = json.loads(out.read_text())["sections"]
     assert len(sections["ceilings"]["rows"]) == 4

@@ -9,6 +9,7 @@ compiles the kernels of sections, all at a time: with many processors that saves
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import logging
 import os
@@ -72,6 +73,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--limit", type=float, default=1.0, metavar="X", help="multiplies the sections' time limits")
     parser.add_argument("--warm", action="store_true", help="only compile kernels, of all these sections at once")
+    parser.add_argument("--compiled", type=Path, help="folder for what torch.compile makes, for the next run")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     if arguments.child is not None:
@@ -114,6 +116,7 @@ def _run(name: str, arguments: argparse.Namespace) -> str:
     words = [sys.executable, "-m", _HERE, "--child", name, "--out", str(arguments.out), "--device", arguments.device]
     flags = {"--tiny": arguments.tiny, "--no-compile": arguments.no_compile, "--warm": arguments.warm}
     words += [flag for flag, given in flags.items() if given]
+    words += [] if arguments.compiled is None else ["--compiled", str(arguments.compiled)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
     limit = SECTIONS[name].seconds * arguments.limit
     try:
@@ -148,12 +151,19 @@ def _child(arguments: argparse.Namespace) -> None:
     bench = Bench(device, arguments.tiny, not (arguments.tiny or arguments.no_compile), clock, ceilings)
     module, _, function = SECTIONS[arguments.child].function.partition(":")
     run: Callable[[Bench], Iterator[dict[str, Any]]] = getattr(import_module(f"{_HERE}.{module}"), function)
+    kept = None if arguments.compiled is None else arguments.compiled / f"{arguments.child}.gz"
+    if kept is not None and kept.exists():
+        torch.compiler.load_cache_artifacts(gzip.decompress(kept.read_bytes()))
     with arguments.out.with_suffix(f".{arguments.child}.jsonl").open("w", encoding="utf-8") as file:
         for row in run(bench):
             for entry in (row, *({"chosen": line} for line in chosen)):
                 file.write(json.dumps(entry) + "\n")
             chosen.clear()
             file.flush()
+            made = None if kept is None else torch.compiler.save_cache_artifacts()
+            if kept is not None and made is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_bytes(gzip.compress(made[0], 1))
 
 
 class _Listing(logging.Handler):
