@@ -28,20 +28,24 @@ from kernels.language import ceiling, jit, tl
 from kernels.launch import Configuration, Launch, configuration_for
 from kernels.machine_code import Case
 
-_SMALL = Configuration(warps=4, blocks={"BLOCK_KEYS": 16, "SPAN": 32})
+PROGRAMS = 256
+"""Of both kernels, about: two for every multiprocessor of a large GPU. Each program of the second one joins all states
+of its head, so neither spans nor programs may be many."""
+
+_SMALL = Configuration(warps=4, blocks={"BLOCK_KEYS": 16})
 
 STATE = {
     64: {
-        "default": Configuration(warps=4, stages=3, blocks={"BLOCK_KEYS": 64, "SPAN": 1024}),
-        "sm_100": Configuration(warps=4, stages=2, blocks={"BLOCK_KEYS": 64, "SPAN": 1024}),
+        "default": Configuration(warps=4, stages=3, blocks={"BLOCK_KEYS": 64}),
+        "sm_100": Configuration(warps=4, stages=2, blocks={"BLOCK_KEYS": 64}),
         INTERPRETER: _SMALL,
     },
     128: {
-        "default": Configuration(warps=8, stages=2, blocks={"BLOCK_KEYS": 64, "SPAN": 1024}),
+        "default": Configuration(warps=8, stages=2, blocks={"BLOCK_KEYS": 64}),
         INTERPRETER: _SMALL,
     },
 }
-"""Channels, padded, up to which a table serves -> configurations of the sums; SPAN tokens go to one program."""
+"""Channels, padded, up to which a table serves -> configurations of the sums."""
 
 APPLY = {
     64: {
@@ -66,8 +70,8 @@ def _linear_attention_state(
     totals: tl.tensor,
     heads: tl.tensor,
     keys: tl.tensor,
+    length: tl.tensor,
     CHANNELS: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ) -> None:
@@ -76,7 +80,7 @@ def _linear_attention_state(
     channel = tl.arange(0, BLOCK_CHANNELS)
     state = tl.zeros([BLOCK_CHANNELS, BLOCK_CHANNELS], tl.float32)
     total = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    for first in range(span * SPAN, tl.minimum((span + 1) * SPAN, keys), BLOCK_KEYS):
+    for first in range(span * length, tl.minimum((span + 1) * length, keys), BLOCK_KEYS):
         tile = load_tile(key, key_strides, batch, head, first, keys, CHANNELS, BLOCK_KEYS, BLOCK_CHANNELS, False)
         values = load_tile(value, value_strides, batch, head, first, keys, CHANNELS, BLOCK_KEYS, BLOCK_CHANNELS, False)
         features = tl.maximum(tile.to(tl.float32), 0.0)
@@ -108,12 +112,13 @@ def _linear_attention_apply(
     heads: tl.tensor,
     queries: tl.tensor,
     spans: tl.tensor,
+    tiles: tl.tensor,
     epsilon: tl.tensor,
     CHANNELS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ) -> None:
-    first, row = tl.program_id(0) * BLOCK_QUERIES, tl.program_id(1)
+    row = tl.program_id(1)
     batch, head = row // heads, row % heads
     channel = tl.arange(0, BLOCK_CHANNELS)
     square = channel[:, None] * BLOCK_CHANNELS + channel[None, :]
@@ -123,18 +128,23 @@ def _linear_attention_apply(
         index = row.to(tl.int64) * spans + span
         total += tl.load(totals + index * BLOCK_CHANNELS + channel)
         state += tl.load(states + index * BLOCK_CHANNELS * BLOCK_CHANNELS + square)
-    tile = load_tile(query, query_strides, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False)
-    features = tl.maximum(tile.to(tl.float32), 0.0)
-    normaliser = tl.sum(features * total[None, :], 1) + epsilon
-    result = tl.dot(features, round_to_tf32(state), input_precision="tf32") / normaliser[:, None]
-    if gate is not None:
-        gates = load_tile(
-            gate, gate_strides, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False
+    rounded = round_to_tf32(state)
+    for tile in range(tl.program_id(0) * tiles, (tl.program_id(0) + 1) * tiles):
+        first = tile * BLOCK_QUERIES
+        features = load_tile(
+            query, query_strides, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False
+        ).to(tl.float32)
+        features = tl.maximum(features, 0.0)
+        normaliser = tl.sum(features * total[None, :], 1) + epsilon
+        result = tl.dot(features, rounded, input_precision="tf32") / normaliser[:, None]
+        if gate is not None:
+            gates = load_tile(
+                gate, gate_strides, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False
+            )
+            result *= gates.to(tl.float32)
+        store_tile(
+            output, output_strides, result, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False
         )
-        result *= gates.to(tl.float32)
-    store_tile(
-        output, output_strides, result, batch, head, first, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False
-    )
 
 
 def linear_attention_reference(
@@ -194,11 +204,15 @@ def _prepare(
     batch, heads, queries, channels = query.shape
     keys, width = key.shape[2], power_of_2(channels)
     summing, applying = (configuration_for(table[max(64, width)], architecture) for table in (STATE, APPLY))
-    spans = ceiling(keys, summing.blocks["SPAN"])
+    most = 2 if architecture == INTERPRETER else ceiling(PROGRAMS, batch * heads)
+    block_keys, block_queries = summing.blocks["BLOCK_KEYS"], applying.blocks["BLOCK_QUERIES"]
+    length = block_keys * ceiling(keys, block_keys * most)
+    spans = ceiling(keys, length)
+    tiles = ceiling(queries, block_queries * most)
     states = query.new_empty(batch, heads, spans, width, width, dtype=torch.float32)
     totals = query.new_empty(batch, heads, spans, width, dtype=torch.float32)
     shared = {"states": states, "totals": totals, "heads": heads, "CHANNELS": channels, "BLOCK_CHANNELS": width}
-    of_state = {**shared, "key": key, "value": value, **strides(key=key, value=value), "keys": keys}
+    of_state = {**shared, "key": key, "value": value, **strides(key=key, value=value), "keys": keys, "length": length}
     of_application = {
         **shared,
         "query": query,
@@ -207,9 +221,10 @@ def _prepare(
         **strides(query=query, gate=query if gate is None else gate, output=output),
         "queries": queries,
         "spans": spans,
+        "tiles": tiles,
         "epsilon": epsilon,
     }
-    grid = (ceiling(queries, applying.blocks["BLOCK_QUERIES"]), batch * heads)
+    grid = (ceiling(queries, block_queries * tiles), batch * heads)
     launches = [
         Launch(_linear_attention_state, (spans, batch * heads), of_state, summing),
         Launch(_linear_attention_apply, grid, of_application, applying),
