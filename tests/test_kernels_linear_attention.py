@@ -20,7 +20,7 @@ def error(
     op: ModuleType,
     channels: int,
     dtype: str,
-    queries: int = 21,
+    queries: int = 37,
     keys: int = 45,
     gated: bool = True,
     epsilon: float = 1e-15,
