@@ -1,9 +1,11 @@
 """Group normalisation followed by SiLU, in the network's type or rounded to 8 bits for the convolution that reads it.
 
 GroupNorm (Wu and He 2018, arXiv 1803.08494) takes mean and variance over the channels of a group and all pixels. One
-kernel finds them for chunks of pixels, so that few groups still fill a GPU, a second one joins the chunks of a group
-(Chan et al. 1983, "Algorithms for computing the sample variance"; no sum of squares is ever subtracted), and a third
-one applies them. Channels may come first or last in memory.
+kernel finds them for each channel in chunks of pixels, so that few groups still fill a GPU, a second one joins the
+chunks and channels of a group (Chan et al. 1983, "Algorithms for computing the sample variance"), and a third one
+applies them as a factor and an offset of each channel. Within a chunk, sums and sums of squares are of differences from
+its first pixel, so that a mean far from 0 takes no digits away. Channels may come first or last in memory: both are
+tiles of pixels and channels, with other strides.
 """
 
 from __future__ import annotations
@@ -20,9 +22,15 @@ from kernels.machine_code import Case
 from kernels.quantize import DTYPES, LIMITS, MOST_CHANNELS, NEEDS, Kind, codes, codes_reference
 
 CONFIGURATIONS = {
-    "default": Configuration(warps=8, blocks={"BLOCK": 4096, "CHUNKS": 64}),
-    INTERPRETER: Configuration(warps=8, blocks={"BLOCK": 32, "CHUNKS": 4}),
+    "default": Configuration(
+        warps=4, blocks={"STATISTICS": 2048, "APPLY": 4096, "WIDTH": 128, "PROGRAMS": 1056, "JOIN": 2048}
+    ),
+    INTERPRETER: Configuration(warps=4, blocks={"STATISTICS": 16, "APPLY": 32, "WIDTH": 8, "PROGRAMS": 48, "JOIN": 8}),
 }
+"""Elements of a tile of each kernel, channels of a tile where they lie last, and programs that fill a GPU once."""
+
+_LEAST_WIDTH = 32
+"""Channels of a tile with channels last, as far as it is ours to choose: fewer make too short a run of memory."""
 
 
 class GroupNorm(NamedTuple):
@@ -99,113 +107,126 @@ def _channels_last(x: torch.Tensor) -> bool:
 def _statistics(
     x: tl.tensor,
     partial: tl.tensor,
-    length: tl.tensor,
+    pixels: tl.tensor,
+    channels: tl.tensor,
+    pixel_stride: tl.tensor,
+    channel_stride: tl.tensor,
+    blocks: tl.tensor,
+    chunks: tl.tensor,
     chunk: tl.tensor,
-    lists: tl.tensor,
-    CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """Mean and sum of squared deviations of one chunk, for each list of numbers in it.
+    """Mean and sum of squared deviations of WIDTH channels, each over one chunk of pixels.
 
-    With channels first, a list is a group, `length` numbers in a row, and a program has one (WIDTH = 1). With channels
-    last, a list is a channel, `length` pixels, and a program has all `lists` of a sample side by side.
+    Every place of the tile sums differences from the chunk's first pixel on its own; the places are added once.
     """
-    HEIGHT: tl.constexpr = BLOCK // WIDTH
-    start = tl.program_id(1) * chunk
-    stop = tl.minimum(start + chunk, length)
-    column = tl.arange(0, WIDTH)
-    if WIDTH == 1:
-        apart, entry = 1, (tl.program_id(0) // lists * CHUNKS + tl.program_id(1)) * lists + tl.program_id(0) % lists
-        base = x + tl.program_id(0).to(tl.int64) * length
-    else:
-        apart, entry = lists, (tl.program_id(0) * CHUNKS + tl.program_id(1)) * lists
-        base = x + tl.program_id(0).to(tl.int64) * length * lists
-    there = (column < apart)[None, :]
-    seen = 0.0
-    mean = tl.zeros([WIDTH], tl.float32)
-    deviation = tl.zeros([WIDTH], tl.float32)
-    for first in range(start, stop, HEIGHT):
-        at = first + tl.arange(0, HEIGHT)
-        inside = (at < stop)[:, None] & there
-        values = tl.load(base + at[:, None] * apart + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        count = tl.minimum(stop - first, HEIGHT).to(tl.float32)
-        here = tl.sum(values, 0) / count
-        centred = tl.where(inside, values - here[None, :], 0.0)
-        share = count / (seen + count)
-        deviation += tl.sum(centred * centred, 0) + (here - mean) * (here - mean) * seen * share
-        mean += (here - mean) * share
-        seen += count
-    to = partial + (entry + column) * 2
-    tl.store(to, mean, mask=column < apart)
-    tl.store(to + 1, deviation, mask=column < apart)
+    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    column, row = tl.arange(0, WIDTH), tl.arange(0, HEIGHT)
+    there = block * WIDTH + column < channels
+    left = pixels - part * chunk
+    corner = x + tl.program_id(1).to(tl.int64) * pixels * channels + (block * WIDTH).to(tl.int64) * channel_stride
+    corner += (part * chunk).to(tl.int64) * pixel_stride
+    shift = tl.load(corner + column * channel_stride, mask=there, other=0.0).to(tl.float32)
+    sums = tl.zeros([HEIGHT, WIDTH], tl.float32)
+    squares = tl.zeros([HEIGHT, WIDTH], tl.float32)
+    for first in tl.range(0, tl.minimum(left, chunk), HEIGHT, num_stages=3):
+        at = first + row
+        inside = (at < left)[:, None] & there[None, :]
+        place = corner + at[:, None] * pixel_stride + column[None, :] * channel_stride
+        values = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        apart = tl.where(inside, values - shift[None, :], 0.0)
+        sums += apart
+        squares += apart * apart
+    count = tl.minimum(left, chunk).to(tl.float32)
+    mean = tl.sum(sums, 0) / count
+    deviation = tl.sum(squares, 0) - mean * mean * count
+    to = partial + (tl.program_id(1) * chunks + part) * 2 * channels + block * WIDTH + column
+    tl.store(to, mean + shift, mask=there)
+    tl.store(to + channels, deviation, mask=there)
 
 
 @jit
 def _join(
     partial: tl.tensor,
     weight: tl.tensor,
+    bias: tl.tensor,
     joined: tl.tensor,
-    length: tl.tensor,
+    pixels: tl.tensor,
+    chunks: tl.tensor,
     chunk: tl.tensor,
     groups: tl.tensor,
-    channels: tl.tensor,
     width: tl.tensor,
     eps: tl.tensor,
-    CHUNKS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
 ) -> None:
-    """Mean of one group, and what each of its channels is multiplied by, from the lists that make the group up."""
+    """Factor and offset of each channel of one group, from the chunks of its `width` channels."""
     sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    part, column = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
-    count = tl.minimum(tl.maximum(length - part * chunk, 0), chunk).to(tl.float32)[:, None]
-    inside = (count > 0.0) & (column < width)[None, :]
-    entry = ((sample * CHUNKS + part[:, None]) * groups + group) * width + column[None, :]
-    means = tl.load(partial + entry * 2, mask=inside, other=0.0)
-    deviations = tl.load(partial + entry * 2 + 1, mask=inside, other=0.0)
-    count = tl.where(inside, count, 0.0)
-    total = length.to(tl.float32) * width
-    mean = tl.sum(count * means) / total
-    spread = tl.sqrt(tl.sum(deviations + count * (means - mean) * (means - mean)) / total + eps)
-    channel = tl.arange(0, CHANNELS)
-    own = group * channels + channel
-    factor = tl.load(weight + own, mask=channel < channels, other=0.0).to(tl.float32) / spread
-    to = joined + (sample * groups * channels + own) * 2
-    tl.store(to, tl.zeros([CHANNELS], tl.float32) + mean, mask=channel < channels)
-    tl.store(to + 1, factor, mask=channel < channels)
+    channels = groups * width
+    column = tl.arange(0, WIDTH)
+    own = group * width + column
+    there = column < width
+    seen = tl.zeros([PARTS, WIDTH], tl.float32)
+    means = tl.zeros([PARTS, WIDTH], tl.float32)
+    deviations = tl.zeros([PARTS, WIDTH], tl.float32)
+    for first in range(0, chunks, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < chunks)[:, None] & there[None, :]
+        entry = partial + (sample * chunks + part)[:, None] * 2 * channels + own[None, :]
+        count = tl.where(inside, tl.minimum(pixels - part * chunk, chunk).to(tl.float32)[:, None], 0.0)
+        apart = tl.load(entry, mask=inside, other=0.0) - means
+        share = count / tl.maximum(seen + count, 1.0)
+        means += apart * share
+        deviations += tl.load(entry + channels, mask=inside, other=0.0) + apart * apart * seen * share
+        seen += count
+    total = tl.sum(seen)
+    mean = tl.sum(seen * means) / total
+    variance = tl.sum(deviations + seen * (means - mean) * (means - mean)) / total
+    factor = tl.load(weight + own, mask=there, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    offset = tl.load(bias + own, mask=there, other=0.0).to(tl.float32) - mean * factor
+    to = joined + sample * 2 * channels + own
+    tl.store(to, factor, mask=there)
+    tl.store(to + channels, offset, mask=there)
 
 
 @jit
 def _apply(
     x: tl.tensor,
     joined: tl.tensor,
-    bias: tl.tensor,
     out: tl.tensor,
     out_scale: tl.tensor,
     pixels: tl.tensor,
     channels: tl.tensor,
-    LAST: tl.constexpr,
+    pixel_stride: tl.tensor,
+    channel_stride: tl.tensor,
+    blocks: tl.tensor,
     LIMIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < channels * pixels
-    channel = at % channels if LAST else at // pixels
-    base = tl.program_id(1).to(tl.int64) * channels * pixels
-    values = tl.load(x + base + at, mask=inside, other=0.0).to(tl.float32)
-    pair = joined + (tl.program_id(1) * channels + channel) * 2
-    mean = tl.load(pair, mask=inside, other=0.0)
-    factor = tl.load(pair + 1, mask=inside, other=0.0)
-    values = (values - mean) * factor + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    values *= tl.sigmoid(values)
+    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    column, row = tl.arange(0, WIDTH), tl.arange(0, HEIGHT)
+    there = block * WIDTH + column < channels
+    corner = tl.program_id(1).to(tl.int64) * pixels * channels + (block * WIDTH).to(tl.int64) * channel_stride
+    corner += (part * HEIGHT).to(tl.int64) * pixel_stride
+    place = row[:, None] * pixel_stride + column[None, :] * channel_stride
+    inside = (part * HEIGHT + row < pixels)[:, None] & there[None, :]
+    values = tl.load(x + corner + place, mask=inside, other=0.0).to(tl.float32)
+    pair = joined + tl.program_id(1) * 2 * channels + block * WIDTH + column
+    factor = tl.load(pair, mask=there, other=0.0)
+    offset = tl.load(pair + channels, mask=there, other=0.0)
+    values = values * factor[None, :] + offset[None, :]
+    root = tl.rsqrt(1.0 + tl.exp2(values * -1.4426950408889634))
+    values = values * root * root
     if LIMIT > 0.0:
-        inverse = 1.0 / tl.load(out_scale)
-        limit = LIMIT / inverse
-        made = codes(tl.minimum(tl.maximum(values, -limit), limit), inverse, out.dtype.element_ty)
+        values *= 1.0 / tl.load(out_scale)
+        if out.dtype.element_ty == tl.int8:
+            values = tl.minimum(tl.maximum(values, -LIMIT), LIMIT)
+        made = codes(values, 1.0, out.dtype.element_ty)
     else:
         made = values.to(out.dtype.element_ty)
-    tl.store(out + base + at, made, mask=inside)
+    tl.store(out + corner + place, made, mask=inside)
 
 
 def _launches(
@@ -217,46 +238,80 @@ def _launches(
     architecture: str,
 ) -> tuple[Launch, Launch, Launch]:
     configuration = configuration_for(CONFIGURATIONS, architecture)
-    block, chunks, warps = configuration.blocks["BLOCK"], configuration.blocks["CHUNKS"], configuration.warps
+    blocks, warps = configuration.blocks, configuration.warps
     samples, channels = x.shape[:2]
     pixels, of_group, last = x[0, 0].numel(), channels // norm.groups, _channels_last(x)
-    lists, width, length = (channels, of_group, pixels) if last else (norm.groups, 1, of_group * pixels)
-    across = _power_of_two(channels) if last else 1
-    tile = max(block, across)
-    chunk = tile // across * ceiling(length, tile // across * chunks)
-    partial = torch.empty(samples, chunks, lists, 2, dtype=torch.float32, device=x.device)
-    joined = torch.empty(samples, channels, 2, dtype=torch.float32, device=x.device)
-    chunked: dict[str, Argument] = {"partial": partial, "length": length, "chunk": chunk}
-    statistics: dict[str, Argument] = {"x": x, "lists": lists, **chunked}
-    join: dict[str, Argument] = {
-        **chunked,
-        "weight": norm.weight,
-        "joined": joined,
-        "groups": norm.groups,
-        "channels": of_group,
-        "width": width,
-        "eps": norm.eps,
-    }
-    apply: dict[str, Argument] = {
+    height, width = _tile(blocks["STATISTICS"], blocks["WIDTH"], pixels, channels, last)
+    across = ceiling(channels, width)
+    chunk = height * ceiling(pixels, height * max(1, blocks["PROGRAMS"] // (samples * across)))
+    chunks = ceiling(pixels, chunk)
+    partial = torch.empty(samples, chunks, 2, channels, dtype=torch.float32, device=x.device)
+    joined = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
+    shared: dict[str, Argument] = {
         "x": x,
-        "joined": joined,
-        "bias": norm.bias,
-        "out": out,
-        "out_scale": out_scale,
         "pixels": pixels,
         "channels": channels,
-        "LAST": last,
+        "pixel_stride": channels if last else 1,
+        "channel_stride": 1 if last else pixels,
+    }
+    chunked: dict[str, Argument] = {"partial": partial, "chunks": chunks, "chunk": chunk}
+    statistics = Launch(
+        _statistics,
+        (across * chunks, samples),
+        {**shared, **chunked, "blocks": across},
+        Configuration(warps, blocks={"HEIGHT": height, "WIDTH": width}),
+    )
+    of_join: dict[str, Argument] = {
+        **chunked,
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "joined": joined,
+        "pixels": pixels,
+        "groups": norm.groups,
+        "width": of_group,
+        "eps": norm.eps,
+    }
+    lanes = _power_of_two(of_group)
+    tile = {"PARTS": max(1, blocks["JOIN"] // lanes), "WIDTH": lanes}
+    join = Launch(_join, (samples * norm.groups,), of_join, Configuration(warps=8, blocks=tile))
+    height, width = _tile(blocks["APPLY"], blocks["WIDTH"], pixels, channels, last)
+    across = ceiling(channels, width)
+    of_apply: dict[str, Argument] = {
+        **shared,
+        "joined": joined,
+        "out": out,
+        "out_scale": out_scale,
+        "blocks": across,
         "LIMIT": 0.0 if kind is None else LIMITS[kind],
     }
-    of_tile = Configuration(warps, blocks={"CHUNKS": chunks, "BLOCK": tile, "WIDTH": across})
-    widths = {"CHUNKS": chunks, "WIDTH": _power_of_two(width), "CHANNELS": _power_of_two(of_group)}
-    programs = samples if last else samples * norm.groups
-    of_block = Configuration(warps, blocks={"BLOCK": block})
-    return (
-        Launch(_statistics, (programs, ceiling(length, chunk)), statistics, of_tile),
-        Launch(_join, (samples * norm.groups,), join, Configuration(warps=4, blocks=widths)),
-        Launch(_apply, (ceiling(channels * pixels, block), samples), apply, of_block),
+    apply = Launch(
+        _apply,
+        (across * ceiling(pixels, height), samples),
+        of_apply,
+        Configuration(warps, blocks={"HEIGHT": height, "WIDTH": width}),
     )
+    return statistics, join, apply
+
+
+def _tile(elements: int, most: int, pixels: int, channels: int, last: bool) -> tuple[int, int]:
+    """Pixels and channels of a tile, powers of two.
+
+    With channels last their number divides the channels where it can, so that no lane is idle; with channels first a
+    tile has more than one channel where the pixels of one do not fill it.
+
+    Args:
+        elements: the most that a tile may have.
+        most: channels that it may have where they lie last.
+        pixels: of a sample.
+        channels: likewise.
+        last: whether the channels lie last in memory.
+    """
+    if not last:
+        height = min(elements, _power_of_two(pixels))
+        return height, min(elements // height, _power_of_two(channels))
+    dividing = channels & -channels
+    width = min(most, dividing if dividing >= _LEAST_WIDTH else _power_of_two(channels))
+    return min(elements // width, _power_of_two(pixels)), width
 
 
 def _power_of_two(number: int) -> int:

@@ -123,9 +123,18 @@ def rows(bench: Bench) -> Iterator[Row]:
         one = torch.full((1,), 0.05, device=bench.device)
         x = bench.randn(samples, channels, side, side, seed=2).contiguous(memory_format=torch.channels_last)
         tried = [
-            Configuration(warps, blocks={"BLOCK": block, "CHUNKS": chunks})
-            for block, warps in ((2048, 4), (4096, 8), (8192, 8), (8192, 16))
-            for chunks in (64, 128, 256)
+            Configuration(
+                warps,
+                blocks={"STATISTICS": summed, "APPLY": applied, "WIDTH": 128, "PROGRAMS": programs, "JOIN": 2048},
+            )
+            for warps, summed, applied, programs in (
+                (4, 2048, 4096, 1056),
+                (4, 2048, 2048, 528),
+                (4, 4096, 8192, 528),
+                (8, 4096, 4096, 528),
+                (8, 4096, 8192, 1056),
+                (2, 1024, 2048, 2112),
+            )
         ]
         yield from _trials(
             bench,
