@@ -72,7 +72,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
 
     Raises:
         RefusedError: the model, a target or a pass refuses; before anything is computed.
-        EngineError: a target is compiled where it runs, and this machine cannot run it.
+        EngineError: a target is compiled where it runs, and this machine cannot run it; a dry run plans anywhere.
         RecipeError: a gate bounds what will not be measured.
         PassError: a pass, the export or a measurement broke its promise.
         GateError: a gate was not met; the engine is kept under `rejected/`.
@@ -84,8 +84,6 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
     checked_shapes(original, shapes_of(recipe))
     sample(original, recipe)
     targets = targets_of(recipe)
-    for row in targets:
-        require_buildable(row)
     context = _context(recipe, progress, targets, store)
     _check_gates(recipe)
     _check_evaluate(original, recipe)
@@ -95,6 +93,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
     if dry_run:
         return Outcome(recipe, edits, cost)
     for row in targets:
+        require_buildable(row)
         if row.library:
             library(row.library)
     stages = apply(original, recipe.passes, targets, context, store)

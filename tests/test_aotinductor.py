@@ -118,8 +118,10 @@ def test_without_a_gpu_the_target_is_refused_in_one_sentence(
         f"schema_version: 1\nmodel: {tiny_folder('unet')}\nsampler: {{steps: 4}}\ntargets: [torch-cuda]\n"
         f"shapes: {{batch: 1, height: 16, width: 16}}\nout: {tmp_path / 'out'}\n"
     )
-    assert main([str(recipe), "--dry-run"]) == 3
+    assert main([str(recipe)]) == 3
     assert "run the same recipe there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([str(recipe), "--dry-run"]) == 0
 
 
 def test_machine_code_is_opened_on_the_users_word_alone(tiny_engine: Path, tmp_path: Path) -> None:
