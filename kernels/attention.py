@@ -37,12 +37,13 @@ _SMALL = Configuration(warps=4, blocks={"BLOCK_QUERIES": 32, "BLOCK_KEYS": 16})
 CONFIGURATIONS = {
     64: {
         "default": Configuration(warps=8, stages=2, blocks={"BLOCK_QUERIES": 128, "BLOCK_KEYS": 64}),
+        "sm_90": Configuration(warps=4, stages=3, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 128}),
         "sm_120": Configuration(warps=4, stages=2, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}),
         INTERPRETER: _SMALL,
     },
     128: {
         "default": Configuration(warps=8, stages=2, blocks={"BLOCK_QUERIES": 128, "BLOCK_KEYS": 64}),
-        "sm_90": Configuration(warps=8, stages=2, blocks={"BLOCK_QUERIES": 128, "BLOCK_KEYS": 128}),
+        "sm_90": Configuration(warps=4, stages=3, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}),
         INTERPRETER: _SMALL,
     },
 }

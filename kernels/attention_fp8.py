@@ -26,31 +26,31 @@ from kernels.heads import check_heads, output_for, store_tile, strides, unfit
 from kernels.language import ceiling, jit, tl
 from kernels.launch import Configuration, Launch, configuration_for
 from kernels.machine_code import Case
-from kernels.quantize import DTYPES, LIMITS
+from kernels.quantize import DTYPES
 from kernels.quantize_heads import (
     channel_reference,
     group_reference,
-    peaks_of,
-    prepare_channels,
-    prepare_groups,
+    in_fragments,
+    prepare_heads,
     smoothing,
     width_of,
 )
-from kernels.softmax import fold, normalised
+from kernels.softmax import fold_patiently, normalised, without_zeros
 
 GROUP = 128
 """Tokens that share a scale; the tiles of the kernel divide it."""
 
-_SHIFT = 8
-"""The largest weight is two to this power."""
+_SHIFT, _PATIENCE = 4, 4
+"""A weight is at most two to the power of their sum, see `kernels.softmax.fold_patiently`."""
 
 _DEFAULT = Configuration(warps=8, stages=3, blocks={"BLOCK_QUERIES": 128, "BLOCK_KEYS": 64})
 _LARGER = Configuration(warps=8, stages=3, blocks={"BLOCK_QUERIES": 128, "BLOCK_KEYS": 128})
+_NARROW = Configuration(warps=4, stages=3, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 128})
 _SMALL = Configuration(warps=4, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 32})
 
 CONFIGURATIONS = {
-    64: {"default": _DEFAULT, "sm_90": _LARGER, "sm_100": _LARGER, INTERPRETER: _SMALL},
-    128: {"default": _DEFAULT, "sm_100": _LARGER, INTERPRETER: _SMALL},
+    64: {"default": _DEFAULT, "sm_90": _NARROW, "sm_100": _LARGER, INTERPRETER: _SMALL},
+    128: {"default": _DEFAULT, "sm_90": _NARROW, "sm_100": _LARGER, INTERPRETER: _SMALL},
 }
 """Channels of a head, padded, up to which a table serves -> configurations by architecture."""
 
@@ -62,7 +62,7 @@ def _attention_fp8(
     key: tl.tensor,
     key_scales: tl.tensor,
     value: tl.tensor,
-    value_peaks: tl.tensor,
+    value_scales: tl.tensor,
     output: tl.tensor,
     output_strides: tl.tensor,
     heads: tl.tensor,
@@ -72,12 +72,11 @@ def _attention_fp8(
     key_groups: tl.tensor,
     GROUP: tl.constexpr,
     SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
+    PATIENCE: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
-    WHOLE: tl.constexpr,
 ) -> None:
     start = tl.program_id(0) * BLOCK_QUERIES
     row = tl.program_id(1)
@@ -95,15 +94,16 @@ def _attention_fp8(
     for first in range(0, keys, BLOCK_KEYS):
         codes = tl.load(key + (first + token)[:, None] * BLOCK_CHANNELS + channel[None, :])
         scores = tl.dot(tile, tl.trans(codes))
-        if not WHOLE:
-            scores = tl.where((first + token)[None, :] < keys, scores, -float("inf"))
         scale = query_scale * tl.load(key_scales + first // GROUP)
-        weights, correction, maximum, total = fold(scores, scale, maximum, total, SHIFT)
+        weights, accumulator, maximum, total = fold_patiently(
+            scores, scale, accumulator, maximum, total, SHIFT, PATIENCE
+        )
         values = tl.load(value + channel[:, None] * padded + (first + token)[None, :])
-        sums = tl.dot(weights.to(values.dtype), tl.trans(values))
-        accumulator = accumulator * correction[:, None] + sums
-    peak = tl.load(value_peaks + row * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)
-    averages = normalised(accumulator, total) * (peak / LIMIT)[None, :]
+        weights = in_fragments(weights.to(values.dtype))
+        accumulator = tl.dot(weights, tl.trans(values), accumulator)
+    total = without_zeros(total, maximum, tl.cdiv(keys, BLOCK_KEYS) * BLOCK_KEYS - keys, SHIFT)
+    value_scale = tl.load(value_scales + row * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)
+    averages = normalised(accumulator, total) * value_scale[None, :]
     store_tile(
         output,
         output_strides,
@@ -172,39 +172,30 @@ def attention_fp8(
 def _prepare(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, architecture: str
 ) -> tuple[list[Launch], Tensor]:
-    """The launches, in order, and the output: queries, keys and values are coded, attention."""
+    """The launches, in order, and the output: two that code everything, attention."""
     factor = (query.shape[-1] ** -0.5 if scale is None else scale) * math.log2(math.e)
-    code_query, coded_query, query_scales = prepare_groups(query, "fp8", GROUP, factor=factor)
-    code_key, coded_key, key_scales = prepare_groups(key, "fp8", GROUP, smoothing(key))
-    peaks = peaks_of(value)
-    code_value, coded_value = prepare_channels(value, "fp8", GROUP, peaks)
+    launches, coded = prepare_heads(query, key, value, "fp8", GROUP, GROUP, factor)
     output = output_for(query)
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
     chosen = configuration_for(CONFIGURATIONS[max(64, width_of(channels))], architecture)
     arguments = {
-        "query": coded_query,
-        "query_scales": query_scales,
-        "key": coded_key,
-        "key_scales": key_scales,
-        "value": coded_value,
-        "value_peaks": peaks,
+        **coded._asdict(),
         "output": output,
         **strides(output=output),
         "heads": heads,
         "queries": queries,
         "keys": keys,
-        "query_groups": query_scales.shape[2],
-        "key_groups": key_scales.shape[2],
+        "query_groups": coded.query_scales.shape[2],
+        "key_groups": coded.key_scales.shape[2],
         "GROUP": GROUP,
         "SHIFT": float(_SHIFT),
-        "LIMIT": LIMITS["fp8"],
+        "PATIENCE": float(_PATIENCE),
         "CHANNELS": channels,
         "BLOCK_CHANNELS": width_of(channels),
-        "WHOLE": keys % chosen.blocks["BLOCK_KEYS"] == 0,
     }
     grid = (ceiling(queries, chosen.blocks["BLOCK_QUERIES"]), batch * heads)
-    return [code_query, code_key, code_value, Launch(_attention_fp8, grid, arguments, chosen)], output
+    return [*launches, Launch(_attention_fp8, grid, arguments, chosen)], output
 
 
 def _case(channels: int, tokens: int, dtype: torch.dtype) -> Case:

@@ -22,14 +22,18 @@ from kernels.heads import aligned, check_heads, load_tile, output_for, store_til
 from kernels.language import ceiling, jit, tl
 from kernels.launch import Configuration, Launch, configuration_for
 from kernels.machine_code import Case
-from kernels.quantize_heads import group_reference, prepare_groups, smoothing, width_of
-from kernels.softmax import fold, normalised
+from kernels.quantize_heads import group_reference, prepare_heads, smoothing, width_of
+from kernels.softmax import fold_patiently, normalised, without_zeros
 
 QUERY_GROUP, KEY_GROUP = 128, 64
 """Tokens that share a scale; the tiles of the kernel divide them."""
 
+_PATIENCE = 8.0
+"""A weight is at most two to this power, see `kernels.softmax.fold_patiently`; float16 holds 65504."""
+
 CONFIGURATIONS = {
     "default": Configuration(warps=8, stages=3, blocks={"BLOCK_QUERIES": 128, "BLOCK_KEYS": 64}),
+    "sm_90": Configuration(warps=4, stages=3, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}),
     INTERPRETER: Configuration(warps=4, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 32}),
 }
 
@@ -51,11 +55,11 @@ def _attention_int8(
     key_groups: tl.tensor,
     QUERY_GROUP: tl.constexpr,
     KEY_GROUP: tl.constexpr,
+    PATIENCE: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
-    WHOLE: tl.constexpr,
 ) -> None:
     start = tl.program_id(0) * BLOCK_QUERIES
     row = tl.program_id(1)
@@ -72,12 +76,11 @@ def _attention_int8(
     for first in range(0, keys, BLOCK_KEYS):
         codes = tl.load(key + (first + token)[:, None] * BLOCK_CHANNELS + channel[None, :])
         scores = tl.dot(tile, tl.trans(codes), out_dtype=tl.int32).to(tl.float32)
-        if not WHOLE:
-            scores = tl.where((first + token)[None, :] < keys, scores, -float("inf"))
         scale = query_scale * tl.load(key_scales + first // KEY_GROUP)
-        weights, correction, maximum, total = fold(scores, scale, maximum, total, 0.0)
+        weights, accumulator, maximum, total = fold_patiently(scores, scale, accumulator, maximum, total, 0.0, PATIENCE)
         values = load_tile(value, value_strides, batch, head, first, keys, CHANNELS, BLOCK_KEYS, BLOCK_CHANNELS, False)
-        accumulator = tl.dot(weights.to(values.dtype), values, accumulator * correction[:, None])
+        accumulator = tl.dot(weights.to(values.dtype), values, accumulator)
+    total = without_zeros(total, maximum, tl.cdiv(keys, BLOCK_KEYS) * BLOCK_KEYS - keys, 0.0)
     averages = normalised(accumulator, total)
     store_tile(
         output, output_strides, averages, batch, head, start, queries, CHANNELS, BLOCK_QUERIES, BLOCK_CHANNELS, False
@@ -137,35 +140,34 @@ def attention_int8(
 def _prepare(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, architecture: str
 ) -> tuple[list[Launch], Tensor]:
-    """The launches, in order, and the output: queries are coded, keys are coded, attention."""
+    """The launches, in order, and the output: two that code queries and keys, attention."""
     factor = (query.shape[-1] ** -0.5 if scale is None else scale) * math.log2(math.e)
-    code_query, coded_query, query_scales = prepare_groups(query, "int8", QUERY_GROUP, factor=factor)
-    code_key, coded_key, key_scales = prepare_groups(key, "int8", KEY_GROUP, smoothing(key))
+    launches, coded = prepare_heads(query, key, None, "int8", QUERY_GROUP, KEY_GROUP, factor)
     value, output = aligned(value), output_for(query)
     batch, heads, queries, channels = query.shape
     keys = key.shape[2]
     chosen = configuration_for(CONFIGURATIONS, architecture)
     arguments = {
-        "query": coded_query,
-        "query_scales": query_scales,
-        "key": coded_key,
-        "key_scales": key_scales,
+        "query": coded.query,
+        "query_scales": coded.query_scales,
+        "key": coded.key,
+        "key_scales": coded.key_scales,
         "value": value,
         "output": output,
         **strides(value=value, output=output),
         "heads": heads,
         "queries": queries,
         "keys": keys,
-        "query_groups": query_scales.shape[2],
-        "key_groups": key_scales.shape[2],
+        "query_groups": coded.query_scales.shape[2],
+        "key_groups": coded.key_scales.shape[2],
         "QUERY_GROUP": QUERY_GROUP,
         "KEY_GROUP": KEY_GROUP,
+        "PATIENCE": _PATIENCE,
         "CHANNELS": channels,
         "BLOCK_CHANNELS": width_of(channels),
-        "WHOLE": keys % chosen.blocks["BLOCK_KEYS"] == 0,
     }
     grid = (ceiling(queries, chosen.blocks["BLOCK_QUERIES"]), batch * heads)
-    return [code_query, code_key, Launch(_attention_int8, grid, arguments, chosen)], output
+    return [*launches, Launch(_attention_int8, grid, arguments, chosen)], output
 
 
 def _case(channels: int, tokens: int, dtype: torch.dtype) -> Case:

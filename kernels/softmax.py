@@ -37,6 +37,42 @@ def fold(
 
 
 @jit
+def fold_patiently(
+    scores: tl.tensor,
+    scale: tl.tensor,
+    accumulator: tl.tensor,
+    maximum: tl.tensor,
+    total: tl.tensor,
+    SHIFT: tl.constexpr,
+    PATIENCE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Take a block of scores in, like `fold`, but correct what was summed only where it matters.
+
+    The maxima of all queries stay what they are until a score is beyond one of them by more than 2**PATIENCE; weights
+    are at most 2**(SHIFT + PATIENCE). So most blocks correct nothing, which saves one multiplication for every number
+    of the accumulator. Every block must show each query a key.
+
+    Returns:
+        The weights of the block; the accumulator (queries, channels); the maximum; the total of the weights.
+    """
+    peak = tl.max(scores, 1) * scale
+    if tl.max(peak - maximum, 0) > PATIENCE:
+        higher = tl.maximum(maximum, tl.ceil(peak))
+        correction = tl.exp2(maximum - higher)
+        accumulator *= correction[:, None]
+        total *= correction
+        maximum = higher
+    weights = tl.exp2(scores * scale - (maximum - SHIFT)[:, None])
+    return weights, accumulator, maximum, total + tl.sum(weights, 1)
+
+
+@jit
+def without_zeros(total: tl.tensor, maximum: tl.tensor, count: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
+    """Take the weights of `count` keys whose score is zero out of a total."""
+    return total - count * tl.exp2(SHIFT - maximum)
+
+
+@jit
 def normalised(accumulator: tl.tensor, total: tl.tensor) -> tl.tensor:
     """Divide weighted values (queries, channels) by the total of the weights; a query that saw no key gets zeros."""
     return accumulator / tl.where(total == 0.0, 1.0, total)[:, None]

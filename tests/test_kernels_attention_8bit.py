@@ -14,7 +14,7 @@ from tests.heads import attention_in_float64, heads
 from tests.interpreted import Interpreter, relative_error
 
 OPERATIONS = {"attention_int8": attention_int8, "attention_fp8": attention_fp8}
-AGAINST_REFERENCE = {"float16": 2e-3, "bfloat16": 1e-2}  # a code that falls to the other side of a tie is part of it
+AGAINST_REFERENCE = {"float16": 5e-3, "bfloat16": 2e-2}  # a code that falls to the other side of a tie is part of it
 AGAINST_FLOAT64 = {"attention_int8": 1.5e-2, "attention_fp8": 6e-2}
 
 
@@ -74,13 +74,13 @@ def test_keys_without_smoothing_lose_far_more(operation: str, monkeypatch: pytes
 
 
 SHARED = [
-    ("if not WHOLE:", "if False:"),
+    ("tl.cdiv(keys, BLOCK_KEYS) * BLOCK_KEYS - keys", "0 * keys"),
     ("row * query_groups + start", "row * query_groups + 0 * start"),
     ("tl.load(key_scales + first", "tl.load(key_scales + 0 * first"),
     ("row.to(tl.int64) * query_groups", "0 * row * query_groups"),
-    ("accumulator * correction[:, None]", "accumulator"),
     ("normalised(accumulator, total)", "normalised(accumulator, total * 2)"),
-    ("factor=factor)\n    code_key", "factor=1.0)\n    code_key"),
+    ("GROUP, factor)", "GROUP, 1.0)"),
+    ("scores, scale, accumulator, maximum", "scores, scale, accumulator * 0, maximum"),
 ]
 
 
@@ -95,7 +95,8 @@ def test_broken_int8_attention_is_seen(interpreter: Interpreter, old: str, new: 
     ("old", "new"),
     [
         *SHARED,
-        ("(peak / LIMIT)[None, :]", "(peak / 256)[None, :]"),
+        ("value_scale[None, :]", "1.1 * value_scale[None, :]"),
+        ("in_fragments(weights.to(values.dtype))", "weights.to(values.dtype)"),
         ('"SHIFT": float(_SHIFT)', '"SHIFT": -2.0'),
     ],
 )
