@@ -98,7 +98,7 @@ def _statistics(
 
 
 @jit
-def _pieces(
+def pieces_of(
     found: tl.tensor, row: tl.tensor, PIECES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
     """What `_statistics` found in each piece of a head, (PIECES, BLOCK); zero where there is no channel."""
@@ -108,7 +108,7 @@ def _pieces(
 
 
 @jit
-def _code_group(
+def code_group(
     tile: tl.tensor,
     out: tl.tensor,
     scales: tl.tensor,
@@ -171,22 +171,20 @@ def _code_heads(
                 False,
             )
             at = row * query_groups + group
-            _code_group(
-                asked.to(tl.float32) * factor, query_codes, query_scales, at, LIMIT, QUERY_GROUP, BLOCK_CHANNELS
-            )
+            code_group(asked.to(tl.float32) * factor, query_codes, query_scales, at, LIMIT, QUERY_GROUP, BLOCK_CHANNELS)
     elif group < key_groups:
         first = group * KEY_GROUP
         channel, token = tl.arange(0, BLOCK_CHANNELS), first + tl.arange(0, KEY_GROUP)
         if tl.program_id(2) == 1:
             tile = load_tile(key, key_strides, batch, head, first, keys, CHANNELS, KEY_GROUP, BLOCK_CHANNELS, False)
-            mean = tl.sum(_pieces(sums, row, PIECES, CHANNELS, BLOCK_CHANNELS), 0) / keys
+            mean = tl.sum(pieces_of(sums, row, PIECES, CHANNELS, BLOCK_CHANNELS), 0) / keys
             smooth = tl.where(token[:, None] < keys, tile.to(tl.float32) - mean[None, :], 0.0)
-            _code_group(smooth, key_codes, key_scales, row * key_groups + group, LIMIT, KEY_GROUP, BLOCK_CHANNELS)
+            code_group(smooth, key_codes, key_scales, row * key_groups + group, LIMIT, KEY_GROUP, BLOCK_CHANNELS)
         elif value is not None:
             given = load_tile(
                 value, value_strides, batch, head, first, keys, CHANNELS, KEY_GROUP, BLOCK_CHANNELS, False
             )
-            peak = tl.max(_pieces(peaks, row, PIECES, CHANNELS, BLOCK_CHANNELS), 0)
+            peak = tl.max(pieces_of(peaks, row, PIECES, CHANNELS, BLOCK_CHANNELS), 0)
             scale = scale_of(peak, LIMIT)
             tl.store(value_scales + row * CHANNELS + channel, scale, mask=(channel < CHANNELS) & (group == 0))
             coded = codes(tl.trans(given.to(tl.float32)), (1.0 / scale)[:, None], value_codes.dtype.element_ty)

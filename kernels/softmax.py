@@ -48,9 +48,10 @@ def fold_patiently(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Take a block of scores in, like `fold`, but correct what was summed only where it matters.
 
-    The maxima of all queries stay what they are until a score is beyond one of them by more than 2**PATIENCE; weights
-    are at most 2**(SHIFT + PATIENCE). So most blocks correct nothing, which saves one multiplication for every number
-    of the accumulator. Every block must show each query a key.
+    The maxima of all queries stay what they are until a score, times the scale, is beyond one of them by more than
+    PATIENCE; weights are at most 2**(SHIFT + PATIENCE). So most blocks correct nothing, which saves a multiplication
+    for every number of the accumulator. Maxima are whole
+    numbers here too. Every block must show each query a key.
 
     Returns:
         The weights of the block; the accumulator (queries, channels); the maximum; the total of the weights.
@@ -68,7 +69,7 @@ def fold_patiently(
 
 @jit
 def without_zeros(total: tl.tensor, maximum: tl.tensor, count: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
-    """Take the weights of `count` keys whose score is zero out of a total."""
+    """Take the weights of `count` keys out of a total: keys of padding, whose score is zero."""
     return total - count * tl.exp2(SHIFT - maximum)
 
 
