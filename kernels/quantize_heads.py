@@ -27,7 +27,7 @@ from kernels.quantize import DTYPES, LIMITS, NEEDS, Kind, codes, quantize_refere
 PIECES = 16
 """Into so many stretches the tokens of a head are cut for its statistics; each program sums its own, in order."""
 
-_TOGETHER = 64
+_TOGETHER = 32
 """Tokens that a program of the statistics takes at once."""
 
 

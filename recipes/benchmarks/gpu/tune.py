@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -29,26 +28,57 @@ from recipes.benchmarks.gpu.shapes import MAPS, SEQUENCES, TINY_MAPS, TINY_SEQUE
 Tuned = MutableMapping[str, Configuration]
 
 
+HEADS = {
+    "attention_int8": (
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 4),
+        (64, 32, 4, 4),
+        (128, 64, 4, 3),
+        (128, 32, 4, 4),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+    ),
+    "attention_fp8": (
+        (128, 64, 4, 2),
+        (128, 64, 4, 3),
+        (128, 64, 4, 4),
+        (64, 128, 4, 3),
+        (64, 64, 4, 3),
+        (64, 64, 4, 4),
+        (128, 64, 8, 3),
+        (128, 128, 8, 3),
+    ),
+    "attention": (
+        (64, 128, 4, 3),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (128, 64, 4, 2),
+        (128, 64, 4, 3),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+    ),
+}
+"""Operation -> queries and keys of a tile, warps, stages; 8-bit tiles have at most the tokens that share a scale."""
+
+
 def heads(bench: Bench) -> Iterator[Row]:
     """Attention in 8 and 16 bits, by its tiles, warps and stages."""
     shapes = TINY_SEQUENCES if bench.tiny else [row for row in SEQUENCES if row.model in ("Flux 1024", "SDXL 1024")]
-    tiles = [(128, 64), (128, 128), (64, 64), (64, 128), (256, 64)]
     for shape in shapes:
         q, k, v = (_heads(bench, shape, seed) for seed in range(3))
         wide = 64 if shape.head <= 64 else 128
         flops = 4.0 * shape.batch * shape.channels * shape.tokens**2
-        for name, table, most, call in (
-            ("attention_int8", kernels.attention_int8.CONFIGURATIONS, 64, kernels.attention_int8.attention_int8),
-            ("attention_fp8", kernels.attention_fp8.CONFIGURATIONS[wide], 128, kernels.attention_fp8.attention_fp8),
-            ("attention", kernels.attention.CONFIGURATIONS[wide], 128, kernels.attention.attention),
+        for name, table, call in (
+            ("attention_int8", kernels.attention_int8.CONFIGURATIONS, kernels.attention_int8.attention_int8),
+            ("attention_fp8", kernels.attention_fp8.CONFIGURATIONS[wide], kernels.attention_fp8.attention_fp8),
+            ("attention", kernels.attention.CONFIGURATIONS[wide], kernels.attention.attention),
         ):
             tried = [
                 Configuration(warps, stages, {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys})
-                for (queries, keys), warps, stages in itertools.product(tiles, (4, 8), (2, 3, 4))
-                if keys <= most and (queries == 128 or stages == 3) and (queries, warps) not in ((64, 8), (256, 4))
+                for queries, keys, warps, stages in HEADS[name]
             ]
-            if name == "attention":
-                tried = [one for one in tried if one.stages < 4]
             mode: Any = "triton" if q.is_cuda else None
             yield from _trials(
                 bench,
