@@ -286,7 +286,7 @@ def prepare_heads(
         _statistics,
         (PIECES, batch * heads, sources),
         {**shared, "tokens": keys, "TOGETHER": _TOGETHER},
-        Configuration(warps=4),
+        Configuration(warps=8),
     )
     grid = (max(query_groups, key_groups), batch * heads, 1 + sources)
     return [statistics, Launch(_code_heads, grid, {**shared, **of_codes}, Configuration(warps=8))], coded
