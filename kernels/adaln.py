@@ -96,27 +96,23 @@ def _adaln(
     ROWS: tl.constexpr,
     HEAD: tl.constexpr,
     REST: tl.constexpr,
-    TILES: tl.constexpr,
 ) -> None:
-    """Tokens of one sample: its modulation is read once for all of them."""
     sample = tl.program_id(1)
     x += sample.to(tl.int64) * tokens * channels
     out += sample.to(tl.int64) * tokens * channels
     if LIMIT > 0.0:
         out_scale += sample * tokens
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, rest = load_rows(x, row, tokens, channels, channels, HEAD, REST)
+    mean = (row_sum(head, rest, REST) / channels)[:, None]
+    head = tl.where((tl.arange(0, HEAD) < channels)[None, :], head - mean, 0.0)
+    rest = rest - mean
+    inverse = (1.0 / tl.sqrt(row_sum(head * head, rest * rest, REST) / channels + eps))[:, None]
     factor, more_factor = load_vector(scale + sample.to(tl.int64) * scale_stride, channels, HEAD, REST)
     offset, more_offset = load_vector(shift + sample.to(tl.int64) * shift_stride, channels, HEAD, REST)
-    share = 1.0 / channels
-    for tile in range(TILES):
-        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        head, rest = load_rows(x, row, tokens, channels, channels, HEAD, REST)
-        mean = (row_sum(head, rest, REST) * share)[:, None]
-        head = tl.where((tl.arange(0, HEAD) < channels)[None, :], head - mean, 0.0)
-        rest = rest - mean
-        inverse = (1.0 / tl.sqrt(row_sum(head * head, rest * rest, REST) * share + eps))[:, None]
-        head = head * inverse * (1.0 + factor) + offset
-        rest = rest * inverse * (1.0 + more_factor) + more_offset
-        store_rows(head, rest, out, out_scale, row, tokens, channels, LIMIT, HEAD, REST)
+    head = head * inverse * (1.0 + factor) + offset
+    rest = rest * inverse * (1.0 + more_factor) + more_offset
+    store_rows(head, rest, out, out_scale, row, tokens, channels, LIMIT, HEAD, REST)
 
 
 def _launch(

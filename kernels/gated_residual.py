@@ -58,19 +58,16 @@ def _gated_residual(
     ROWS: tl.constexpr,
     HEAD: tl.constexpr,
     REST: tl.constexpr,
-    TILES: tl.constexpr,
 ) -> None:
-    """Tokens of one sample: its gate is read once for all of them."""
     sample = tl.program_id(1)
     before = sample.to(tl.int64) * tokens * channels
     x, y, out = x + before, y + before, out + before
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, rest = load_rows(x, row, tokens, channels, channels, HEAD, REST)
+    branch, rest_of_branch = load_rows(y, row, tokens, channels, channels, HEAD, REST)
     factor, more = load_vector(gate + sample.to(tl.int64) * gate_stride, channels, HEAD, REST)
-    for tile in range(TILES):
-        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        head, rest = load_rows(x, row, tokens, channels, channels, HEAD, REST)
-        branch, rest_of_branch = load_rows(y, row, tokens, channels, channels, HEAD, REST)
-        head, rest = head + branch * factor, rest + rest_of_branch * more
-        store_rows(head, rest, out, out_scale, row, tokens, channels, LIMIT, HEAD, REST)
+    head, rest = head + branch * factor, rest + rest_of_branch * more
+    store_rows(head, rest, out, out_scale, row, tokens, channels, LIMIT, HEAD, REST)
 
 
 def _launch(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, out: torch.Tensor, architecture: str) -> Launch:

@@ -135,7 +135,11 @@ def _fits(low_rank: LowRank) -> bool:
 
 
 def _vendor(a: Quantized, b: Quantized, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of cuBLASLt, with a scale per row of both."""
+    """The product of cuBLASLt, with a scale per row of both.
+
+    Its sums are not moved to float32 on the way: on an H200 that takes 0.8 of the time, and of 3072 products the error
+    is 1.8e-3 where it was 1.7e-3.
+    """
     made = torch._scaled_mm(
         a.codes.reshape(-1, a.codes.shape[-1]),
         b.codes.T,
@@ -143,6 +147,7 @@ def _vendor(a: Quantized, b: Quantized, bias: torch.Tensor | None) -> torch.Tens
         scale_b=b.scale.reshape(1, -1),
         bias=None if bias is None else bias.bfloat16(),
         out_dtype=torch.bfloat16,
+        use_fast_accum=True,
     )
     return made.view(*a.codes.shape[:-1], len(b.codes))
 

@@ -25,6 +25,9 @@ CONFIGURATIONS = {
     "default": Configuration(
         warps=4, blocks={"STATISTICS": 2048, "APPLY": 4096, "WIDTH": 128, "PROGRAMS": 1056, "JOIN": 2048}
     ),
+    "sm_90": Configuration(
+        warps=4, blocks={"STATISTICS": 4096, "APPLY": 8192, "WIDTH": 128, "PROGRAMS": 528, "JOIN": 2048}
+    ),
     INTERPRETER: Configuration(warps=4, blocks={"STATISTICS": 16, "APPLY": 32, "WIDTH": 8, "PROGRAMS": 48, "JOIN": 8}),
 }
 """Elements of a tile of each kernel, channels of a tile where they lie last, and programs that fill a GPU once."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,9 +29,6 @@ MOST_CHANNELS = 32768
 
 PER_WARP = 1024
 """Elements of a row that one warp takes."""
-
-MOST_TILES, PROGRAMS = 8, 1024
-"""Tiles that a program takes one after the other, as many as leave so many programs."""
 
 LEAST = 32
 """Channels of a second tile that are worth it."""
@@ -251,16 +247,13 @@ def modulated_launch(
     kind: Kind | None,
     architecture: str,
 ) -> Launch:
-    """Likewise, of a kernel whose programs take `TILES` tiles of one sample, since their tokens share a modulation.
+    """Likewise, of a kernel whose programs take rows of one sample each, since these share a modulation.
 
     The kernel takes `tokens` in place of `rows`; out is (samples, tokens, channels).
     """
     samples, tokens = out.shape[:2]
     shared, configuration = _tiles(out, scale, kind, architecture)
-    rows = configuration.blocks["ROWS"]
-    tiles = 2 if architecture == INTERPRETER else min(MOST_TILES, max(1, samples * tokens // (rows * PROGRAMS)))
-    configuration = replace(configuration, blocks={**configuration.blocks, "TILES": tiles})
-    grid = (ceiling(tokens, rows * tiles), samples)
+    grid = (ceiling(tokens, configuration.blocks["ROWS"]), samples)
     return Launch(kernel, grid, {**arguments, **shared, "tokens": tokens}, configuration)
 
 

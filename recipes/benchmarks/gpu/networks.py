@@ -100,42 +100,43 @@ class Resnet(nn.Module):
         return self.around(x) + self.conv2(ops.norm_silu(h, self.norm2))
 
 
+class Block(nn.Module):
+    """Self-attention, cross-attention and a gated feed-forward layer."""
+
+    def __init__(self, width: int, head: int, text: int) -> None:
+        super().__init__()
+        self.head = head
+        self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(width) for _ in range(3))
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(text, 2 * width, bias=False)
+        self.out2 = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
+
+    def forward(self, tokens: Tensor, text: Tensor, ops: Operations) -> Tensor:
+        """(samples, tokens, width) with text (samples, tokens, channels)."""
+        q, k, v = (_heads(part, self.head) for part in ops.linear(self.norm0(tokens), self.qkv).chunk(3, -1))
+        tokens = tokens + ops.linear(_flat(ops.attention(q, k, v)), self.out)
+        q = _heads(ops.linear(self.norm1(tokens), self.q), self.head)
+        k, v = (_heads(part, self.head) for part in ops.linear(text, self.kv).chunk(2, -1))
+        tokens = tokens + ops.linear(_flat(ops.attention(q, k, v)), self.out2)
+        return tokens + ops.geglu(ops.linear(self.norm2(tokens), self.up), self.down)
+
+
 class Transformer(nn.Module):
-    """Blocks of self-attention, cross-attention and a gated feed-forward layer over the pixels of a feature map."""
+    """Blocks over the pixels of a feature map."""
 
     def __init__(self, width: int, head: int, text: int, depth: int) -> None:
         super().__init__()
-        self.head = head
         self.enter, self.leave = nn.Linear(width, width), nn.Linear(width, width)
         self.norm = nn.GroupNorm(32, width)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    **{f"norm{at}": nn.LayerNorm(width) for at in range(3)},
-                    "qkv": nn.Linear(width, 3 * width, bias=False),
-                    "out": nn.Linear(width, width),
-                    "q": nn.Linear(width, width, bias=False),
-                    "kv": nn.Linear(text, 2 * width, bias=False),
-                    "out2": nn.Linear(width, width),
-                    "up": nn.Linear(width, 8 * width),
-                    "down": nn.Linear(4 * width, width),
-                }
-            )
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, head, text) for _ in range(depth))
 
     def forward(self, x: Tensor, text: Tensor, ops: Operations) -> Tensor:
         """(samples, width, height, width) with text (samples, tokens, channels)."""
         height, width = x.shape[2:]
         tokens = ops.linear(self.norm(x).flatten(2).transpose(1, 2).contiguous(), self.enter)
-        for each in self.blocks:
-            block: Any = each
-            q, k, v = (_heads(part, self.head) for part in ops.linear(block.norm0(tokens), block.qkv).chunk(3, -1))
-            tokens = tokens + ops.linear(_flat(ops.attention(q, k, v)), block.out)
-            q = _heads(ops.linear(block.norm1(tokens), block.q), self.head)
-            k, v = (_heads(part, self.head) for part in ops.linear(text, block.kv).chunk(2, -1))
-            tokens = tokens + ops.linear(_flat(ops.attention(q, k, v)), block.out2)
-            tokens = tokens + ops.geglu(ops.linear(block.norm2(tokens), block.up), block.down)
+        for block in self.blocks:
+            tokens = block(tokens, text, ops)
         out = ops.linear(tokens, self.leave).transpose(1, 2).unflatten(2, (height, width))
         return x + out.contiguous(memory_format=torch.channels_last)
 
@@ -343,6 +344,10 @@ class Eager:
     def gelu(self, x: Tensor, layer: nn.Linear) -> Tensor:
         """See `Operations`."""
         return layer(functional.gelu(x, approximate="tanh"))
+
+
+REPEATED = (Resnet, Block, Joint)
+"""Modules that occur many times: compiled one by one, those of one shape share what is compiled."""
 
 
 def parameters_of(norm: nn.GroupNorm) -> GroupNorm:
