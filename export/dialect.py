@@ -94,10 +94,28 @@ class TensorRT(Dialect):
         return replace(layer, weight=weight, input=given, output=None)
 
 
+class Operators(Dialect):
+    """Our operators on a GPU: products of linear layers whose tokens have scales; all else is emulated in float."""
+
+    def form(self, layer: LayerQuant) -> Form | None:
+        """See `Dialect.form`."""
+        weight, given = layer.weight, layer.input
+        if layer.op != "linear" or not isinstance(given, Dynamic) or given.group or given.stored != "float32":
+            return None
+        if weight.is_int8 and given.element == "int8":
+            return "int8"
+        return "e4m3" if given.element == weight.element == "e4m3" and not weight.group else None
+
+    def computes(self, layer: LayerQuant) -> bool:
+        """See `Dialect.computes`: in float, if not by an operator."""
+        return layer.input is not None
+
+
 DIALECTS = {
     "onnxruntime": Dialect(conv_output=True, conv_bias=True, gemm_bias=True, attention=False, gates=False),
     "openvino": Dialect(conv_output=False, conv_bias=False, gemm_bias=False, attention=True, gates=True),
     "tensorrt": TensorRT(conv_output=False, conv_bias=False, gemm_bias=False, attention=False, gates=False, half=True),
+    "operators": Operators(conv_output=False, conv_bias=False, gemm_bias=False, attention=False, gates=False),
 }
 
 

@@ -71,6 +71,12 @@ class Target:
 _INTEGER = ("int8-w8a8", "int8-w8a8-tensor", "int6-w6a8", "int5-w5a8", "int4-w4a8", "int3-w3a8")
 """Schemes of per-tensor unsigned activations and integer weights, one scale a channel: 8-bit kernels run them."""
 
+_TOKENS = (
+    *("int8-w8a8-token", "int6-w6a8-token", "int5-w5a8-token", "int4-w4a8-token", "int3-w3a8-token"),
+    "fp8-w8a8-token",
+)
+"""Schemes whose linear layers our operators multiply in 8 bits on a GPU; convolutions are emulated there."""
+
 _STORED = (
     *("float16", "int8-w8a32", "int6-w6a32", "int5-w5a32", "int4-w4a32", "int3-w3a32"),
     *("int4-w4a32-g32", "int4-w4a32-g64", "int4-w4a32-g128", "nvfp4-w4a32"),
@@ -121,11 +127,12 @@ TARGETS: dict[str, Target] = {
             name="torch-cuda",
             device="cuda",
             backend="aotinductor",
-            dialect="onnxruntime",
+            dialect="operators",
             formats={
                 "float32": "native",
                 "bf16": "native",
                 **dict.fromkeys((*_INTEGER, *_STORED), "simulated"),
+                **dict.fromkeys(_TOKENS, "native"),
             },
             operators=True,
         ),

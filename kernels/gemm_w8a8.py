@@ -106,7 +106,8 @@ def gemm_w8a8_reference(
     a: Quantized, b: Quantized, bias: torch.Tensor | None, low_rank: LowRank | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The definition: whole numbers are summed exactly, everything else in float32."""
-    exact = torch.float64 if a.codes.dtype == torch.int8 else torch.float32
+    small = a.codes.dtype != torch.int8 or a.codes.shape[-1] * 128 * 128 < 1 << 24  # float32 holds every sum
+    exact = torch.float32 if small else torch.float64
     made = (a.codes.to(exact) @ b.codes.to(exact).T).float() * a.scale[..., None] * b.scale
     if low_rank is not None:
         made = made + low_rank.projected.float() @ low_rank.up.float().T

@@ -484,9 +484,16 @@ def _target_entry(
             reason = row.refusal(scheme)
             if reason is not None:
                 raise RefusedError(f"{job.part}: {reason}")
-            formats.setdefault(job.part, {})[scheme] = row.formats[scheme]
+            formats.setdefault(job.part, {})[scheme] = _execution(plan, scheme, row)
     built = {} if builder is None else builder.record()
     return TargetEntry(row.backend, row.dialect, dict(sorted(paths.items())), options, formats=formats, build=built)
+
+
+def _execution(plan: QuantPlan, scheme: str, row: Target) -> str:
+    """How a scheme runs on a target; where operators compute some of its layers in float, it is emulated."""
+    layers = [layer for layer in plan.layers.values() if layer.scheme == scheme and layer.input is not None]
+    whole = all(DIALECTS[row.dialect].form(layer) for layer in layers) if row.operators else True
+    return row.formats[scheme] if whole else "simulated"
 
 
 def _prove_kernels(

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from compress.errors import PassError
 from compress.quantization.attention import intercept, rounding
+from compress.quantization.native import native_layer
 from compress.quantization.rounding import round_input, round_weight
 from compress.quantization.transforms import InputTransform, product, weight_of
 from compress.twin import twin
-from export.dialect import DIALECTS
+from export.dialect import DIALECTS, Operators
 from export.qdq import HALVED
 from export.quant_plan import Affine, LayerQuant, QuantPlan
 
@@ -36,6 +37,10 @@ def fake_quantized(module: nn.Module, plan: QuantPlan, *, dialect: str | None = 
             raise PassError(f"the quantization plan has {name!r} as {quant.op}, but it is a {type(layer).__name__}")
         computes = chosen is None or chosen.computes(quant)
         rounded = quant if chosen is None else chosen.settled(quant)
+        form = chosen.form(quant) if isinstance(chosen, Operators) else None
+        if form is not None:
+            native_layer(layer, quant, form)  # type: ignore[arg-type]
+            continue
         round_layer(layer, rounded, computes, computes and (chosen is None or chosen.conv_output))
     if chosen is None or chosen.attention:
         for name, attention in plan.attentions.items():
@@ -72,18 +77,21 @@ class _Forward:
     def __init__(self, layer: nn.Module, quant: LayerQuant, rounds: bool, after: Affine | None) -> None:
         self.layer, self.quant, self.rounds, self.after = layer, quant, rounds, after
         device = next(layer.parameters()).device
-        self.transform = InputTransform(quant, device)
-        self.branch = product(quant.low_rank, device) if quant.low_rank is not None and rounds else None
+        # What the computation reads is the layer's own, so that it goes along wherever the layer is moved.
+        layer.transform = InputTransform(quant, device)
+        branch = product(quant.low_rank, device) if quant.low_rank is not None and rounds else None
+        layer.register_buffer("branch", branch, persistent=False)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x, layer = self.transform(x), self.layer
+        layer: Any = self.layer
+        x = layer.transform(x)
         rounded = x
         if self.rounds and self.quant.input is not None:
             rounded = round_input(x, self.quant.input, -1 if self.quant.op == "linear" else 1)
-        y = computed(layer, rounded, layer.weight, layer.bias)  # type: ignore[arg-type]
+        y = computed(layer, rounded, layer.weight, layer.bias)
         if self.after is not None:
             y = round_input(y, self.after)
-        return y if self.branch is None else y + computed(layer, x, self.branch, None)
+        return y if layer.branch is None else y + computed(layer, x, layer.branch, None)
 
 
 def computed(layer: nn.Module, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.quant_plan import LayerQuant, LowRank
 from export.stored_weights import hadamard
@@ -14,31 +14,40 @@ def largest_rotation(channels: int) -> int:
     return channels & -channels
 
 
-class Rotation:
+class Rotation(nn.Module):
     """Rotates the last axis in blocks of `size`; twice gives the same again. A size of 0 leaves all as it is."""
 
+    matrix: Tensor | None
+
     def __init__(self, size: int, device: torch.device) -> None:
-        self._matrix = torch.from_numpy(hadamard(size)).to(device) if size else None
+        super().__init__()
+        matrix = torch.from_numpy(hadamard(size)).to(device) if size else None
+        self.register_buffer("matrix", matrix, persistent=False)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Float32 of any shape."""
-        if self._matrix is None:
+        if self.matrix is None:
             return x
-        return (x.unflatten(-1, (-1, len(self._matrix))) @ self._matrix).flatten(-2)
+        return (x.unflatten(-1, (-1, len(self.matrix))) @ self.matrix).flatten(-2)
 
 
-class InputTransform:
+class InputTransform(nn.Module):
     """Makes of an input what the quantized weight sees, before rounding: smoothed, then rotated."""
 
-    def __init__(self, quant: LayerQuant, device: torch.device) -> None:
-        self._smooth = None if quant.smooth is None else torch.from_numpy(quant.smooth).to(device)
-        if self._smooth is not None and quant.op == "conv":
-            self._smooth = self._smooth[:, None, None]
-        self._rotation = Rotation(quant.rotation, device)
+    smooth: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __init__(self, quant: LayerQuant, device: torch.device) -> None:
+        super().__init__()
+        smooth = None if quant.smooth is None else torch.from_numpy(quant.smooth).to(device)
+        if smooth is not None and quant.op == "conv":
+            smooth = smooth[:, None, None]
+        self.register_buffer("smooth", smooth, persistent=False)
+        self.rotation = Rotation(quant.rotation, device)
+
+    def forward(self, x: Tensor) -> Tensor:
         """Channels are last for `linear`, and third from the end for `conv`."""
-        return self._rotation(x if self._smooth is None else x / self._smooth)
+        turned: Tensor = self.rotation(x if self.smooth is None else x / self.smooth)
+        return turned
 
 
 def weight_of(weight: Tensor, quant: LayerQuant) -> Tensor:
