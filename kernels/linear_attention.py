@@ -42,6 +42,7 @@ STATE = {
     },
     128: {
         "default": Configuration(warps=8, stages=2, blocks={"BLOCK_KEYS": 64}),
+        "sm_80": Configuration(warps=8, stages=2, blocks={"BLOCK_KEYS": 32}),
         INTERPRETER: _SMALL,
     },
 }

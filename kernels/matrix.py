@@ -72,7 +72,7 @@ def as_table(made: list[Row], day: str, version: str) -> str:
     lines = [
         "# What the machine code says",
         "",
-        f"Written by `make kernels` on {day} with Triton {version}; every kernel is assembled, none was run. A cell",
+        f"Written by `make kernels` on {day} with Triton {version}; every kernel is assembled, without a GPU. A cell",
         "holds registers per thread, KiB of shared memory per program, and the tensor-core instructions.",
         "",
         "| case | " + " | ".join(ARCHITECTURES) + " |",
