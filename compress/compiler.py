@@ -29,6 +29,7 @@ from export.backends import BACKENDS
 from export.step_plan import Segment
 from export.target import Target, require_buildable, target
 from export.to_tensorrt import BuildOptions, library
+from export.to_web import PageOptions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -110,6 +111,9 @@ def targets_of(recipe: Recipe) -> list[Target]:
             own = asked.architectures is None or not row.build.architectures
             named = row.build.architectures if own else asked.architectures
             row = replace(row, build=replace(options, architectures=named or ()))
+        if row.page is not None and recipe.web is not None:
+            package = "" if recipe.web.onnxruntime is None else str(recipe.locate(recipe.web.onnxruntime))
+            row = replace(row, page=PageOptions(package, recipe.web.webgpu))
         rows.append(row)
     return rows
 

@@ -9,7 +9,10 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from export.to_web import PageOptions
 
 DISTRIBUTION = "latent-compress"
 
@@ -170,6 +173,10 @@ def _targets(found: Findings) -> None:
             found.targets[name] = False
             found.rows.append(Row(f"target {name}", "builds only", library_here(target.library)))
             continue
+        if target.page is not None:
+            found.targets[name] = False
+            found.rows.append(Row(f"target {name}", "builds only", package_here(target.page)))
+            continue
         here, why = runtime_here(target.backend)
         found.targets[name] = here
         without = "builds only" if not target.machine_code else "neither builds nor runs"
@@ -183,6 +190,17 @@ def library_here(name: str) -> str:
 
     try:
         return version(library(name))
+    except EngineError as error:
+        return str(error)
+
+
+def package_here(page: PageOptions) -> str:
+    """Tell the version of the package that a page takes its runtime from, or what is missing."""
+    from export.errors import EngineError
+    from export.to_web import PACKAGE, find_package
+
+    try:
+        return f"{PACKAGE} {find_package(page).version}"
     except EngineError as error:
         return str(error)
 

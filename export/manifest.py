@@ -38,7 +38,7 @@ class TargetEntry:
         measured: metric -> number, on the machine the evidence names.
         formats: part -> scheme -> how it runs here: `native`, `storage only` or `simulated`.
         build: where `graphs` are engines that were built from graphs: with what, for what, from what, see
-            `compress.engine.build_tensorrt`.
+            `compress.engine.build_tensorrt`; where a page runs them: its runtime, see `export.to_web`.
     """
 
     backend: str

@@ -22,7 +22,7 @@ def noise(seeds: Sequence[int], row: int, shape: tuple[int, ...]) -> np.ndarray:
         float32 (len(seeds), *shape). Source: Salmon et al. 2011, Philox4x64-10, as in NumPy.
     """
     draw = [
-        np.random.Generator(np.random.Philox(key=[seed, row])).standard_normal(shape, dtype=np.float32)
+        np.random.Generator(np.random.Philox(key=np.array([seed, row], np.uint64))).standard_normal(shape, np.float32)
         for seed in seeds
     ]
     return np.stack(draw) if draw else np.empty((0, *shape), np.float32)

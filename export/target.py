@@ -10,6 +10,7 @@ from typing import Literal
 from export.backends import BACKENDS, available, holds_machine_code
 from export.errors import EngineError
 from export.to_tensorrt import BuildOptions
+from export.to_web import PageOptions, find_package
 
 Execution = Literal["native", "storage only", "simulated"]
 """How a number format runs: on kernels of that format; widened when loaded; emulated in float."""
@@ -29,6 +30,7 @@ class Target:
         library: the module that builds engines from the graphs; none where the runtime reads the graphs themselves.
         since: scheme name -> the first compute capability that has it, `sm_89`.
         build: what the library is asked for.
+        page: what the page is made of that runs the engine in a browser; none where no browser does.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Target:
     library: str = ""
     since: Mapping[str, str] = field(default_factory=dict)
     build: BuildOptions = field(default_factory=BuildOptions)
+    page: PageOptions | None = None
 
     @property
     def machine_code(self) -> bool:
@@ -124,6 +127,19 @@ TARGETS: dict[str, Target] = {
             },
         ),
         Target(
+            name="web",
+            device="browser",
+            backend="onnxruntime-web",
+            dialect="onnxruntime",
+            formats={
+                "float32": "native",
+                "bf16": "storage only",
+                **dict.fromkeys(_INTEGER, "native"),
+                **dict.fromkeys(_STORED, "storage only"),
+            },
+            page=PageOptions(),
+        ),
+        Target(
             name="torch-cuda",
             device="cuda",
             backend="aotinductor",
@@ -189,11 +205,13 @@ def device_of(names: Iterable[str]) -> str:
 
 
 def require_buildable(row: Target) -> None:
-    """Refuse a target that is built where it runs, on a machine that cannot run it.
+    """Refuse a target that is built where it runs, on a machine that cannot run it, and a page without its runtime.
 
     Raises:
         EngineError: says what is missing, and what to do.
     """
+    if row.page is not None:
+        find_package(row.page)
     if not row.machine_code:
         return
     needed = BACKENDS[row.backend]
@@ -206,4 +224,4 @@ def require_buildable(row: Target) -> None:
 
 def built_anywhere() -> list[Target]:
     """The targets that are built on any machine, with nothing but their runtime: it reads the graphs themselves."""
-    return [row for row in TARGETS.values() if not row.machine_code and not row.library]
+    return [row for row in TARGETS.values() if not row.machine_code and not row.library and row.page is None]

@@ -63,7 +63,9 @@ def _show_engine(found: dict[str, Any], folder: Path, terminal: Terminal) -> Non
     terminal.say(targets)
     for name, target in found["targets"].items():
         build = target["build"]
-        if build:
+        if "runtime" in build:
+            terminal.say(f"{name}: a page that runs on {build['runtime']} ({build['licence']}), latency not measured")
+        elif build:
             devices = ", ".join(build["architectures"]) or "the GPU it was built on"
             terminal.say(f"{name}: built by {build['builder']} for {devices}, latency not measured")
             for function, sizes in build["profiles"].items():

@@ -32,6 +32,7 @@ from export.quant_plan import QuantPlan
 from export.target import Target, require_buildable
 from export.to_onnx import OPSET, export_module, strip_metadata
 from export.to_tensorrt import Profile
+from export.to_web import write_page
 from export.tokenizer import FILE as TOKENIZER_FILE
 from export.weights import FILE as POOL_FILE
 from export.weights import PoolWriter, write_graph, write_pool
@@ -172,13 +173,17 @@ def export_engine(
         write_optimum_layout(model, folder)
     for path, content in (files or {}).items():
         (folder / path).write_text(content, encoding="utf-8")
+    built: dict[str, Mapping[str, Any]] = {name: builder.record() for name, builder in builders.items()}
+    built |= {row.name: write_page(row.page, folder) for row in targets if row.page is not None}
     manifest = Manifest(
         family=model.family.name,
         latent=model.latent,
         conditioning=model.conditioning,
         tokenizers={name: name for name in model.tokenizers},
         shapes=shapes,
-        targets={row.name: _target_entry(model, row, paths[row.name], builders.get(row.name), jobs) for row in targets},
+        targets={
+            row.name: _target_entry(model, row, paths[row.name], built.get(row.name, {}), jobs) for row in targets
+        },
         provenance={"model": model.hash(), **(provenance or {})},
     ).sealed(folder, run)
     manifest.write(folder)
@@ -464,7 +469,7 @@ def _target_entry(
     model: LatentDiffusion,
     row: Target,
     paths: Mapping[str, str],
-    builder: EngineBuilder | None,
+    built: Mapping[str, Any],
     jobs: Sequence[Job],
 ) -> TargetEntry:
     half = DIALECTS[row.dialect].half
@@ -485,7 +490,6 @@ def _target_entry(
             if reason is not None:
                 raise RefusedError(f"{job.part}: {reason}")
             formats.setdefault(job.part, {})[scheme] = _execution(plan, scheme, row)
-    built = {} if builder is None else builder.record()
     return TargetEntry(row.backend, row.dialect, dict(sorted(paths.items())), options, formats=formats, build=built)
 
 

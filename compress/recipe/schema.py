@@ -164,6 +164,19 @@ class TensorRT(BaseModel):
     refit: bool = False
 
 
+class Web(BaseModel):
+    """What the page of the target `web` is made of.
+
+    Attributes:
+        onnxruntime: folder of the npm package onnxruntime-web; None looks for it in `node_modules`, here and above.
+        webgpu: whether the runtime for graphics cards goes into the folder too.
+    """
+
+    model_config = CONFIG
+    onnxruntime: Text | None = None
+    webgpu: bool = True
+
+
 class Calibration(BaseModel):
     """Prompts whose denoising runs give the activation ranges: a .txt (one a line) or .jsonl file."""
 
@@ -243,6 +256,7 @@ class Recipe(BaseModel):
     ]
     shapes: Shapes
     tensorrt: TensorRT | None = None
+    web: Web | None = None
     calibration: Calibration | None = None
     evaluate: Evaluate | None = None
     gates: dict[Metric, Gate] = {}
@@ -306,6 +320,8 @@ class Recipe(BaseModel):
                 raise self.error(("loras", at, "file"), f"there is no file {shown(lora.file)}")
         if self.tensorrt is not None and not {"tensorrt", "tensorrt-rtx"} & set(self.targets):
             raise self.error(("tensorrt",), "is for the targets tensorrt-rtx and tensorrt, and the recipe has neither")
+        if self.web is not None and "web" not in self.targets:
+            raise self.error(("web",), "is for the target web, which the recipe does not have")
         if self.calibration is not None:
             self._check_prompts(("calibration", "prompts"), self.locate(self.calibration.prompts))
         if self.evaluate is not None:
@@ -368,6 +384,7 @@ class Recipe(BaseModel):
             plain["shapes"],
             plain["evaluate"] or {},
             plain["tensorrt"] or {},
+            plain["web"] or {},
             *plain["gates"].values(),
         ]
         for section in sections:

@@ -142,6 +142,9 @@ BACKENDS: dict[str, Row] = {
 
 
 BUILT_ONLY = {
+    "onnxruntime-web": "an engine for the web is run by a browser: serve its folder, for instance with `python -m "
+    "http.server -d FOLDER`, and open the page, or open another target of the engine"
+} | {
     name: f"engines of {title} are built by this version and not opened by it: run them with NVIDIA's own runtime on a "
     "GPU, or open another target of the engine"
     for name, title in (("tensorrt", "TensorRT"), ("tensorrt-rtx", "TensorRT for RTX"))

@@ -259,7 +259,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--sides", nargs="+", type=int, help="of the latents; default each network's own")
-    here = [name for name, row in TARGETS.items() if not row.library]
+    here = [name for name, row in TARGETS.items() if not row.library and row.page is None]
     parser.add_argument("--targets", nargs="+", choices=here, default=here)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=2, help="calls per round")
