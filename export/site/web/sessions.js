@@ -45,6 +45,7 @@ export class Graph {
     const session = await runtime.ort.InferenceSession.create(graph, {
       executionProviders: [PROVIDERS[runtime.device]],
       graphOptimizationLevel: "all",
+      logSeverityLevel: 3, // errors
       externalData: weights ? [{ path: POOL, data: weights }] : [],
       // This fusion turns products of 8-bit numbers with a float bias into what no integer kernel computes.
       extra: { optimization: { disable_specified_optimizers: "MatMulAddFusion" } },
