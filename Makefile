@@ -30,7 +30,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/torch pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[openvino,gpu,tensorrt,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[openvino,gpu,tensorrt,server,dev]"
 	@touch $@ $(VENV)/demo
 
 # Fewer held-out prompts than the recipe asks for (512), and no other ways to be fast beside it, so that it takes minutes;
@@ -48,7 +48,7 @@ demo: $(VENV)/demo
 test check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy compress export kernels
+	$(BIN)/mypy compress export kernels serve
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/dev

@@ -1,4 +1,4 @@
-"""The command line: `compress RECIPE` and the commands run, bench, verify, inspect, doctor, store."""
+"""The command line: `compress RECIPE` and the commands run, serve, bench, verify, inspect, doctor, store."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(error: BaseException) -> int | None:
     """Return the exit code of an error that is meant for the user, or None for one that should not have happened."""
-    if type(error).__module__.partition(".")[0] not in ("compress", "export"):
+    if type(error).__module__.partition(".")[0] not in ("compress", "export", "serve"):
         return None
     code = getattr(error, "exit_code", None)
     if code is not None:

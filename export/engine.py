@@ -117,7 +117,7 @@ class Engine:
             options["image_latents"] = self.encode(image)
             height, width = height or image.shape[1], width or image.shape[2]
         if mask is not None:
-            options["mask"] = self._latent_mask(mask)
+            options["mask"] = self.latent_mask(mask)
         return self.decode(self.sample(prompts, seeds, height, width, **options))
 
     def sample(
@@ -151,6 +151,13 @@ class Engine:
         """uint8 pictures (samples, height, width, 3) to latents (samples, channels, h, w)."""
         with _one_sentence():
             return self.runtime.encode_image(image)
+
+    def latent_mask(self, mask: np.ndarray) -> np.ndarray:
+        """Nearest latent pixels of a picture mask: float32 (pictures, 1, h, w) of 0 and 1."""
+        mask, step = np.asarray(mask), int(self.manifest.latent["downscale"])
+        if mask.ndim != 3:
+            raise EngineError(f"a mask must be (pictures, height, width), not of shape {mask.shape}")
+        return (mask[:, None, ::step, ::step] != 0).astype(np.float32)
 
     def denoise(self, latents: np.ndarray, t: float | np.ndarray, conditioning: Any) -> np.ndarray:
         """The network output at `latents` and timestep `t`, without guidance: the score oracle.
@@ -245,13 +252,6 @@ class Engine:
         if asked is not None and low == high != asked:
             raise EngineError(f"this engine was built for the {name} {best} alone, not {asked}")
         return best if asked is None else asked
-
-    def _latent_mask(self, mask: np.ndarray) -> np.ndarray:
-        """Nearest latent pixels of a picture mask: float32 (pictures, 1, h, w) of 0 and 1."""
-        mask, step = np.asarray(mask), int(self.manifest.latent["downscale"])
-        if mask.ndim != 3:
-            raise EngineError(f"a mask must be (pictures, height, width), not of shape {mask.shape}")
-        return (mask[:, None, ::step, ::step] != 0).astype(np.float32)
 
 
 class _Graph:

@@ -184,7 +184,7 @@ class Runtime:
             mask: inpainting: (samples or 1, 1 or channels, h, w), 1 where to paint, 0 where `image_latents` stay.
             on_step: called after every row with (row, latents after it, every tensor its segments computed, including
                 the raw network output for both guidance halves).
-            revise: see `export.loop.Revise`; for runs that begin at row 0.
+            revise: see `export.loop.Revise`; rows are counted from the beginning of the plan.
 
         Returns:
             float32 latents (samples, channels, h, w).
@@ -224,7 +224,7 @@ class Runtime:
         slots = self._idle_slots.pop() if self._idle_slots else Slots(plan.slots)
         loop = Loop(plan, rows, self.latent_input, self._timestep_rank, self._timestep_dtype, slots)
         try:
-            return loop.run(first, halves, drawn, keep, _shifted(on_step, start), size, revise)
+            return loop.run(first, halves, drawn, keep, _shifted(on_step, start), size, _shifted(revise, start))
         finally:
             self.fallbacks += len(loop.fallbacks)
             self._idle_slots.append(slots)
@@ -458,7 +458,8 @@ def _from_row(draw: Draw, start: int, at: int, shape: tuple[int, ...]) -> np.nda
     return draw(start + at, shape)
 
 
-def _shifted(on_step: OnStep | None, start: int) -> OnStep | None:
-    if on_step is None or not start:
-        return on_step
-    return lambda row, latents, tensors: on_step(start + row, latents, tensors)
+def _shifted(callback: Callable[..., Any] | None, start: int) -> Callable[..., Any] | None:
+    """What is called with a row of the whole plan, from a plan that begins at `start`."""
+    if callback is None or not start:
+        return callback
+    return lambda row, *rest: callback(start + row, *rest)

@@ -85,7 +85,7 @@ def test_image_to_image_and_inpainting(engine: Engine) -> None:
     image = engine.generate(PROMPTS[:1], [7])
     mask = np.zeros((1, toy.SIDE, toy.SIDE), bool)
     mask[:, :, toy.SIDE // 2 :] = True
-    painted = engine.sample(PROMPTS[1:], [1], image_latents=engine.encode(image), mask=engine._latent_mask(mask))
+    painted = engine.sample(PROMPTS[1:], [1], image_latents=engine.encode(image), mask=engine.latent_mask(mask))
     latents = engine.encode(image)
     np.testing.assert_allclose(painted[..., :4], latents[..., :4], atol=1e-5)
     assert np.abs(painted[..., 4:] - latents[..., 4:]).max() > 1e-2

@@ -21,7 +21,7 @@ from export.backends import BACKENDS
 from recipes.benchmarks import tables
 
 ROOT = Path(__file__).parent.parent
-FLOORS = ("kernels", "export", "compress")  # an import goes to the same floor or to one further left
+FLOORS = ("kernels", "export", "serve", "compress")  # an import goes to the same floor or to one further left
 PACKAGED = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -133,7 +133,7 @@ def test_no_folder_of_a_floor_imports_itself_in_a_circle() -> None:
 def test_what_runs_an_engine_needs_no_training_framework() -> None:
     by_name = {module_name(path): path for path in PACKAGED}
     theirs = {row.module for row in BACKENDS.values() if row.package in HEAVY}  # a runtime of its own
-    waiting = ["export.engine", *(name for name in by_name if name.startswith("export.backends."))]
+    waiting = ["export.engine", *(name for name in by_name if name.startswith(("export.backends.", "serve.")))]
     waiting, seen = [name for name in waiting if name not in theirs], set()
     while waiting:
         name = waiting.pop()

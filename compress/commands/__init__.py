@@ -7,6 +7,7 @@ from typing import Any
 
 COMMANDS = {
     "run": "generate pictures with an engine",
+    "serve": "serve engines over HTTP",
     "bench": "time an engine against the original pipeline",
     "verify": "check an engine's hashes and golden latents",
     "inspect": "show what an engine or a model is made of",

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 OPTIONS: dict[str, tuple[Any, ...]] = {"inference_precision": ("float32", "bfloat16")}
 """What the float part of a graph is computed in."""
 
-FORMS = 4
-"""Sets of input shapes that stay compiled at a time, each with its own copy of the weights; one size of picture needs
-two: guidance runs both halves of the batch in some rows, one in others."""
+FORMS = 8
+"""Sets of input shapes that stay compiled at a time, each with its own copy of the weights; one size of picture and of
+batch needs two: guidance runs both halves of the batch in some rows, one in others. A server draws in four sizes."""
 
 Shapes = tuple[tuple[int, ...], ...]
 
