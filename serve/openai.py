@@ -14,7 +14,7 @@ from serve import pictures
 from serve.intake import Intake, engine_of, from_json
 from serve.order import Step
 from serve.refusal import Refusal, documented
-from serve.schemas import PictureRequest
+from serve.schemas import PictureRequest, Text
 from serve.service import STREAM, Service
 
 
@@ -23,7 +23,7 @@ class ImagesRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    prompt: str
+    prompt: Text
     model: str | None = Field(default=None, description="An engine by name; the first of the server by default.")
     n: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     size: Annotated[str, Field(pattern="^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None = Field(
@@ -36,7 +36,7 @@ class ImagesRequest(BaseModel):
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] | None = Field(default=None, description="Not of the OpenAI API.")
-    negative_prompt: str | None = Field(default=None, description="Not of the OpenAI API.")
+    negative_prompt: Text | None = Field(default=None, description="Not of the OpenAI API.")
 
 
 class Image(BaseModel):

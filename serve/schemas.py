@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+
+def _encodable(text: str) -> str:
+    """Refuse half characters (lone surrogates), which JSON can hold and no tokenizer can read."""
+    text.encode()
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 Side = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
@@ -14,9 +23,9 @@ class Wish(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str = Field(description="What to draw, or a class.")
+    prompt: Text = Field(description="What to draw, or a class.")
     engine: str | None = Field(default=None, description="By name; the first of the server by default.")
-    negative_prompt: str | None = Field(default=None, description="What guidance leads away from.")
+    negative_prompt: Text | None = Field(default=None, description="What guidance leads away from.")
     n: Annotated[int, Field(ge=1, le=1 << 16)] = Field(
         default=1, description="Pictures; picture k has the seed `seed + k`."
     )
