@@ -1,4 +1,4 @@
-"""The command line: `compress RECIPE` and the commands run, serve, bench, verify, inspect, doctor, store."""
+"""The command line: `compress RECIPE` and the commands run, serve, package, bench, verify, inspect, doctor, store."""
 
 from __future__ import annotations
 

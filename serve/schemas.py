@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
-
 def _encodable(text: str) -> str:
     """Refuse half characters (lone surrogates), which JSON can hold and no tokenizer can read."""
     text.encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ def serve(settings: Settings, told: Callable[[str], None]) -> None:
         address = listener.getsockname()
         listener.listen(config.backlog)
         told(f"serving {', '.join(engines)} at http://{settings.host}:{address[1]}")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # uvicorn raises again, once all is done, what it was stopped by
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -70,7 +70,7 @@ def test_every_command_file_is_in_the_table() -> None:
 
 
 LINES = {
-    "nothing": ((), "name a recipe (x.yaml) or a command (run, bench, "),
+    "nothing": ((), "name a recipe (x.yaml) or a command (run, serve, "),
     "a misspelt command": (("inspct", "x"), "'inspct' is neither a recipe"),
     "its nearest name": (("benchh",), "(did you mean 'bench'?)"),
     "an unknown option": (("x.yaml", "--fast"), "unrecognized arguments: --fast"),

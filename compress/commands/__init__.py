@@ -8,6 +8,7 @@ from typing import Any
 COMMANDS = {
     "run": "generate pictures with an engine",
     "serve": "serve engines over HTTP",
+    "package": "write an engine and what runs it into one archive",
     "bench": "time an engine against the original pipeline",
     "verify": "check an engine's hashes and golden latents",
     "inspect": "show what an engine or a model is made of",

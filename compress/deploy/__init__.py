@@ -1,0 +1,1 @@
+"""Deployment: an engine with the little that runs it, as one archive."""
