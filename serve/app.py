@@ -41,7 +41,7 @@ def application(
     limits, meters = limits or Limits(), Meters()
     batcher = Batcher(engines, limits.queue, meters.batch)
     meters.queue(lambda: batcher.waiting, limits.queue)
-    service = Service(engines, batcher, limits)
+    service = Service(engines, batcher, limits, meters)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -53,7 +53,7 @@ def application(
     guarded = [Depends(Keys(tuple(keys)))] if keys else []
     for router in (native.routes(service), openai.routes(service), operations.routes(service)):
         app.include_router(router, dependencies=guarded)
-    app.include_router(operations.open_routes(service, meters))
+    app.include_router(operations.open_routes(service))
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_middleware(Bodies, limits=limits)

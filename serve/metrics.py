@@ -18,6 +18,9 @@ class Meters:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._requests = Counter("compress_requests", "Requests", ["route", "status"], registry=self.registry)
+        self._accepted = Counter(
+            "compress_requests_accepted", "Requests whose pictures got a place in the queue", registry=self.registry
+        )
         self._latency = Histogram(
             "compress_request_seconds", "Seconds to answer", ["route"], buckets=SECONDS, registry=self.registry
         )
@@ -40,6 +43,10 @@ class Meters:
         """Count an answered request."""
         self._requests.labels(route, str(status)).inc()
         self._latency.labels(route).observe(seconds)
+
+    def accepted(self) -> None:
+        """Count a request that will be drawn."""
+        self._accepted.inc()
 
     def batch(self, drawn: Drawn) -> None:
         """Count a batch."""

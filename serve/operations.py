@@ -6,7 +6,6 @@ from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from serve.metrics import Meters
 from serve.refusal import Refusal, documented
 from serve.service import Service
 
@@ -30,7 +29,7 @@ class EngineCard(BaseModel):
     batches: tuple[int, ...]
 
 
-def open_routes(service: Service, meters: Meters) -> APIRouter:
+def open_routes(service: Service) -> APIRouter:
     """The routes that need no key; none of them tells what anybody asked for."""
     router = APIRouter(tags=["operations"])
 
@@ -47,7 +46,7 @@ def open_routes(service: Service, meters: Meters) -> APIRouter:
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     def metrics() -> Response:
         """Metrics as text, for Prometheus."""
-        return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.meters.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

@@ -16,6 +16,7 @@ from serve.batching import Batcher, Closing, Overloaded
 from serve.hosted import Hosted
 from serve.intake import Intake
 from serve.limits import Limits
+from serve.metrics import Meters
 from serve.order import Step
 from serve.refusal import GONE, Refusal, problem
 from serve.running import DeadlinePassed, Running
@@ -28,11 +29,12 @@ STREAM = "text/event-stream"
 
 @dataclass(frozen=True)
 class Service:
-    """A server's engines by name, its queue, and its limits."""
+    """A server's engines by name, its queue, its limits, and its metrics."""
 
     engines: Mapping[str, Hosted]
     batcher: Batcher
     limits: Limits
+    meters: Meters
 
     async def draw(self, intake: Intake, request: Request) -> list[np.ndarray]:
         """Draw all pictures of a request, unless its client goes away.
@@ -61,11 +63,13 @@ class Service:
     def _run(self, intake: Intake, request: Request) -> Running:
         request.state.engine, request.state.pictures = intake.hosted.name, len(intake.orders)
         try:
-            return Running(intake, self.batcher)
+            running = Running(intake, self.batcher)
         except Overloaded as error:
             raise Refusal(429, str(error), code="queue_full", retry_after=error.retry_after) from None
         except Closing as error:
             raise Refusal(503, str(error), code="shutting_down", retry_after=10) from None
+        self.meters.accepted()
+        return running
 
 
 async def _lines(running: Running, describe: Describe) -> AsyncIterator[str]:

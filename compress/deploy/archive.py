@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -46,6 +47,7 @@ def write(files: Mapping[str, bytes], top: str, out: Path) -> str:
         temporary.write_bytes(buffer.getvalue())
         temporary.replace(out)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise RefusedError(f"{out} cannot be written: {error.strerror or error}") from error
     return hashlib.sha256(buffer.getvalue()).hexdigest()
