@@ -268,7 +268,7 @@ def test_every_command_of_the_readme_runs(
     if words[1] == "bench":
         words += ["--model", str(tiny_folder("unet"))]
     # The engine of the README takes minutes to build; a toy one, whose words are fewer, stands in for it.
-    stand_in = {"build/circle.png": str(tmp_path / "circle.png")}
+    stand_in = {path: str(tmp_path / Path(path).name) for path in ("build/circle.png", "build/engine.tar.gz")}
     if "build/quickstart" in words:
         stand_in["build/quickstart"] = str(request.getfixturevalue("tiny_engine"))
     try:
