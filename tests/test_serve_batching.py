@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,11 +36,13 @@ class Bench:
 
     def __init__(self, hosted: Hosted, capacity: int = 32) -> None:
         self.drawn: list[Drawn] = []
+        self.held: list[threading.Event] = []
         self.batcher = Batcher({"toy": hosted}, capacity, self.drawn.append)
 
     def busy(self) -> threading.Event:
         """Keep the drawing thread at its first row until the event is set."""
         begun, go = threading.Event(), threading.Event()
+        self.held.append(go)
 
         def hold(_: Step) -> None:
             begun.set()
@@ -49,12 +52,22 @@ class Bench:
         assert begun.wait(SECONDS)
         return go
 
+    def close(self) -> None:
+        for go in self.held:
+            go.set()
+        self.batcher.close()
+
 
 @pytest.fixture
 def bench(hosted: Hosted) -> Iterator[Bench]:
-    made = Bench(hosted)
-    yield made
-    made.batcher.close()
+    with closing(Bench(hosted)) as made:
+        yield made
+
+
+@pytest.fixture
+def small(hosted: Hosted) -> Iterator[Bench]:
+    with closing(Bench(hosted, capacity=3)) as made:
+        yield made
 
 
 def order(prompt: str = "a red circle", seed: int = 0, **changes: object) -> Order:
@@ -130,30 +143,25 @@ def test_an_order_the_engine_refuses_costs_its_mates_nothing(hosted: Hosted, ben
         assert np.array_equal(job.future.result(SECONDS), hosted.draw([job.order])[0])
 
 
-def test_the_queue_is_bounded_and_recovers(hosted: Hosted) -> None:
-    bench = Bench(hosted, capacity=3)
-    go = bench.busy()
+def test_the_queue_is_bounded_and_recovers(small: Bench) -> None:
+    go = small.busy()
     accepted = [Job(order(seed=seed)) for seed in range(3)]
-    bench.batcher.submit(accepted)
+    small.batcher.submit(accepted)
     with pytest.raises(Overloaded) as refused:
-        bench.batcher.submit([Job(order())])
+        small.batcher.submit([Job(order())])
     assert refused.value.retry_after >= 1
     accepted[0].future.cancel()
     late = Job(order(seed=7))
-    bench.batcher.submit([late])  # a place that was given back is free at once
+    small.batcher.submit([late])  # a place that was given back is free at once
     go.set()
     assert late.future.result(SECONDS).shape == (SIDE, SIDE, 3)
-    bench.batcher.close()
 
 
-def test_a_request_is_accepted_whole_or_not_at_all(hosted: Hosted) -> None:
-    bench = Bench(hosted, capacity=3)
-    go = bench.busy()
+def test_a_request_is_accepted_whole_or_not_at_all(small: Bench) -> None:
+    small.busy()
     with pytest.raises(Overloaded):
-        bench.batcher.submit([Job(order(seed=seed)) for seed in range(4)])
-    assert bench.batcher.waiting == 0
-    go.set()
-    bench.batcher.close()
+        small.batcher.submit([Job(order(seed=seed)) for seed in range(4)])
+    assert small.batcher.waiting == 0
 
 
 def test_a_batch_that_nobody_waits_for_ends_at_its_next_row(bench: Bench) -> None:
@@ -201,13 +209,12 @@ def test_first_come_first_served(bench: Bench) -> None:
     assert done == [0, 1, 2, 3, 4, 5]
 
 
-def test_closing_draws_what_was_accepted_and_accepts_no_more(hosted: Hosted) -> None:
-    bench = Bench(hosted)
+def test_closing_draws_what_was_accepted_and_accepts_no_more(bench: Bench) -> None:
     go = bench.busy()
     jobs = [Job(order(seed=seed)) for seed in range(6)]
     bench.batcher.submit(jobs)
-    closing = threading.Thread(target=bench.batcher.close)
-    closing.start()
+    ending = threading.Thread(target=bench.batcher.close)
+    ending.start()
     while bench.batcher.alive:
         try:
             bench.batcher.submit([Job(order())])
@@ -215,7 +222,7 @@ def test_closing_draws_what_was_accepted_and_accepts_no_more(hosted: Hosted) -> 
             break
         time.sleep(0.001)
     go.set()
-    closing.join(SECONDS)
+    ending.join(SECONDS)
     assert not bench.batcher.alive
     assert all(job.future.done() and job.future.exception() is None for job in jobs)
 
