@@ -182,14 +182,15 @@ async def throughput(engine: Path, threads: int, seconds: float) -> dict[str, An
         "pictures_per_s": {"batches up to 8": rows["8"], "one at a time": rows["1"]},
         "ratio": batched / alone,
         "overhead": overhead,
-        "capacity": batched,
     }
 
 
-async def soak(engine: Path, threads: int, seconds: float, capacity: float) -> dict[str, Any]:
-    """At 90 % of the capacity; then ten times the capacity; then 90 % again."""
+async def soak(engine: Path, threads: int, seconds: float, sample: float) -> dict[str, Any]:
+    """At 90 % of the capacity, which `sample` seconds of asking tell; then ten times the capacity; then 90 % again."""
     memory: list[tuple[float, float]] = []
     async with started(engine, threads) as server:
+        began = time.monotonic()
+        capacity = len(await closed_loop(server, sample, CLIENTS)) / (time.monotonic() - began)
         calm = await open_loop(server, seconds, 0.9 * capacity, memory)
         edge = seconds / 6
         first, last = (
@@ -199,6 +200,7 @@ async def soak(engine: Path, threads: int, seconds: float, capacity: float) -> d
         storm = await open_loop(server, 10.0, 10 * capacity, [])
         after = await open_loop(server, 20.0, 0.9 * capacity, [])
     return {
+        "capacity_per_s": capacity,
         "rate_per_s": 0.9 * capacity,
         "seconds": seconds,
         "soak": told(calm),
@@ -233,7 +235,7 @@ async def measure(engine: Path, threads: int, seconds: float, minutes: float) ->
     print(json.dumps(found["throughput"], indent=1), flush=True)
     found["ended"] = await ended(engine, threads)
     print(json.dumps(found["ended"], indent=1), flush=True)
-    found["soak"] = await soak(engine, threads, minutes * 60, found["throughput"]["capacity"])
+    found["soak"] = await soak(engine, threads, minutes * 60, 2 * seconds)
     print(json.dumps(found["soak"], indent=1), flush=True)
     return found
 
