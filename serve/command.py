@@ -48,8 +48,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trusted", action="store_true", help="run machine code of the engine: you know who built it")
     for name, (kind, what) in BOUNDS.items():
         option, letter = f"--{name.replace('_', '-')}", "S" if kind is float else "N"
-        usually = getattr(usual, name)
-        parser.add_argument(option, type=kind, default=usually, metavar=letter, help=f"{what} (default: {usually:g})")
+        parser.add_argument(
+            option, type=kind, default=getattr(usual, name), metavar=letter, help=f"{what} (default: %(default)s)"
+        )
 
 
 def settings(given: argparse.Namespace) -> Settings:

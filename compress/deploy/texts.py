@@ -30,9 +30,9 @@ DOCKERFILE = """FROM python:{python}-slim
 WORKDIR /srv/engine
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --requirement requirements.txt \\
-    && useradd --system --no-create-home engine
+    && useradd --system --no-create-home --uid 10001 engine
 COPY . ./
-USER engine
+USER 10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --start-period=60s \\
