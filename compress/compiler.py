@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.engine.export_engine import checked_shapes
+from compress.engine.swap import swap_in, temporary_beside
 from compress.errors import RefusedError
 from compress.estimate import Estimate, estimate
 from compress.guidance import place_guidance
@@ -16,6 +18,7 @@ from compress.measure.verdict import refuse_gates
 from compress.mixed_precision import UP_TO
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.model.lora import fuse_lora
+from compress.model.quantized_checkpoint import Written, write
 from compress.passes.base import Edit, Pass, PassContext
 from compress.progress import Progress, silent
 from compress.prompts import check_disjoint, read_prompts
@@ -77,6 +80,58 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
         PassError: a pass, the export or a measurement broke its promise.
         GateError: a gate was not met; the engine is kept under `rejected/`.
     """
+    made = _prepared(recipe, progress, work_dir)
+    if dry_run:
+        return Outcome(recipe, made.edits, made.cost)
+    for row in made.targets:
+        require_buildable(row)
+        if row.library:
+            library(row.library)
+    stages = apply(made.original, recipe.passes, made.targets, made.context, made.store)
+    engine, report = publish(recipe, made.original, stages, made.targets, made.store, progress)
+    return Outcome(recipe, made.edits, made.cost, engine, report)
+
+
+def checkpoint(recipe: Recipe, out: Path, *, progress: Progress = silent, work_dir: Path | None = None) -> Written:
+    """Follow a recipe to its last pass, and write the quantized model as a diffusers folder.
+
+    Args:
+        recipe: with the pass `quantize`; its targets say which number formats may be chosen.
+        out: a new folder; it appears whole or not at all.
+        progress: receives what is done.
+        work_dir: as for `run`.
+
+    Raises:
+        RefusedError: as `run`, or the recipe quantizes nothing that the format has a name for.
+        PassError: a pass broke its promise.
+    """
+    if not any(step.name == "quantize" for step in recipe.passes):
+        raise RefusedError("the recipe has no pass quantize, so there is no quantized checkpoint to write: add it")
+    made = _prepared(recipe, progress, work_dir)
+    stages = apply(made.original, recipe.passes, made.targets, made.context, made.store)
+    folder = temporary_beside(out)
+    try:
+        written = write(list(stages.values())[-1], folder)
+        swap_in(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return written
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A recipe with all that could be checked before hours are spent."""
+
+    original: LatentDiffusion
+    targets: list[Target]
+    context: PassContext
+    store: Store
+    edits: list[Edit]
+    cost: Estimate
+
+
+def _prepared(recipe: Recipe, progress: Progress, work_dir: Path | None) -> _Prepared:
     store = Store((work_dir or cache_folder()) / "store")
     original = load(recipe.locate(recipe.model))
     for lora in recipe.loras:
@@ -89,16 +144,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
     _check_evaluate(original, recipe)
     edits = plan(original, recipe.passes, targets)
     _check_formats(edits, targets)
-    cost = estimate(recipe, original, edits)
-    if dry_run:
-        return Outcome(recipe, edits, cost)
-    for row in targets:
-        require_buildable(row)
-        if row.library:
-            library(row.library)
-    stages = apply(original, recipe.passes, targets, context, store)
-    engine, report = publish(recipe, original, stages, targets, store, progress)
-    return Outcome(recipe, edits, cost, engine, report)
+    return _Prepared(original, targets, context, store, edits, estimate(recipe, original, edits))
 
 
 def targets_of(recipe: Recipe) -> list[Target]:

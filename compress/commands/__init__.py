@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 COMMANDS = {
+    "checkpoint": "write a quantized model as a diffusers folder that others can read",
     "run": "generate pictures with an engine",
     "bench": "time an engine against the original pipeline",
     "verify": "check an engine's hashes and golden latents",
