@@ -193,8 +193,8 @@ def _schemes(config: Mapping[str, Any], where: Path) -> dict[str, Scheme]:
     """Layer -> its scheme."""
     if config.get("quant_method") != format_.METHOD:
         raise RefusedError(
-            f"{where} describes weights quantized by {config.get('quant_method')!r}, and {format_.METHOD} is read: "
-            "start from the float checkpoint"
+            f"{where} describes quantized weights of the quant_method {config.get('quant_method')!r}, and only "
+            f"{format_.METHOD} is read: start from the float checkpoint"
         )
     found = dict[str, Scheme]()
     with refusing(f"{where} has a quantization_config that cannot be followed"):
