@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,11 +67,22 @@ class Outcome:
         }
 
 
-def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, work_dir: Path | None = None) -> Outcome:
+def _unheard(cost: Estimate) -> None:
+    """Nobody is told."""
+
+
+def run(
+    recipe: Recipe,
+    *,
+    dry_run: bool = False,
+    progress: Progress = silent,
+    work_dir: Path | None = None,
+    announce: Callable[[Estimate], None] = _unheard,
+) -> Outcome:
     """Follow a recipe from a trained model to a measured engine folder.
 
     A run that was killed goes on where it was, and an edited recipe repeats only what changed: results are kept by
-    content under `work_dir`.
+    content under `work_dir`; `announce` is told what all of it will take before any of it is done.
 
     Raises:
         RefusedError: the model, a target or a pass refuses; before anything is computed.
@@ -80,19 +91,27 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
         PassError: a pass, the export or a measurement broke its promise.
         GateError: a gate was not met; the engine is kept under `rejected/`.
     """
-    made = _prepared(recipe, progress, work_dir)
+    made = opened(recipe, progress=progress, work_dir=work_dir)
+    cost = _cost(recipe, made, announce)
     if dry_run:
-        return Outcome(recipe, made.edits, made.cost)
+        return Outcome(recipe, made.edits, cost)
     for row in made.targets:
         require_buildable(row)
         if row.library:
             library(row.library)
     stages = apply(made.original, recipe.passes, made.targets, made.context, made.store)
     engine, report = publish(recipe, made.original, stages, made.targets, made.store, progress)
-    return Outcome(recipe, made.edits, made.cost, engine, report)
+    return Outcome(recipe, made.edits, cost, engine, report)
 
 
-def checkpoint(recipe: Recipe, out: Path, *, progress: Progress = silent, work_dir: Path | None = None) -> Written:
+def checkpoint(
+    recipe: Recipe,
+    out: Path,
+    *,
+    progress: Progress = silent,
+    work_dir: Path | None = None,
+    announce: Callable[[Estimate], None] = _unheard,
+) -> Written:
     """Follow a recipe to its last pass, and write the quantized model as a diffusers folder.
 
     Args:
@@ -100,6 +119,7 @@ def checkpoint(recipe: Recipe, out: Path, *, progress: Progress = silent, work_d
         out: a new folder; it appears whole or not at all.
         progress: receives what is done.
         work_dir: as for `run`.
+        announce: likewise.
 
     Raises:
         RefusedError: as `run`, or the recipe quantizes nothing that the format has a name for.
@@ -107,7 +127,8 @@ def checkpoint(recipe: Recipe, out: Path, *, progress: Progress = silent, work_d
     """
     if not any(step.name == "quantize" for step in recipe.passes):
         raise RefusedError("the recipe has no pass quantize, so there is no quantized checkpoint to write: add it")
-    made = _prepared(recipe, progress, work_dir)
+    made = opened(recipe, progress=progress, work_dir=work_dir)
+    _cost(recipe, made, announce, engine=False)
     stages = apply(made.original, recipe.passes, made.targets, made.context, made.store)
     folder = temporary_beside(out)
     try:
@@ -120,18 +141,22 @@ def checkpoint(recipe: Recipe, out: Path, *, progress: Progress = silent, work_d
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A recipe with all that could be checked before hours are spent."""
+class Opened:
+    """A recipe with its model, and all checked that can be before hours are spent."""
 
     original: LatentDiffusion
     targets: list[Target]
     context: PassContext
     store: Store
     edits: list[Edit]
-    cost: Estimate
 
 
-def _prepared(recipe: Recipe, progress: Progress, work_dir: Path | None) -> _Prepared:
+def opened(recipe: Recipe, *, progress: Progress = silent, work_dir: Path | None = None) -> Opened:
+    """Load the model, compile its sampler and plan every edit.
+
+    Raises:
+        RefusedError, RecipeError: as `run`.
+    """
     store = Store((work_dir or cache_folder()) / "store")
     original = load(recipe.locate(recipe.model))
     for lora in recipe.loras:
@@ -144,7 +169,16 @@ def _prepared(recipe: Recipe, progress: Progress, work_dir: Path | None) -> _Pre
     _check_evaluate(original, recipe)
     edits = plan(original, recipe.passes, targets)
     _check_formats(edits, targets)
-    return _Prepared(original, targets, context, store, edits, estimate(recipe, original, edits))
+    return Opened(original, targets, context, store, edits)
+
+
+def _cost(recipe: Recipe, made: Opened, announce: Callable[[Estimate], None], *, engine: bool = True) -> Estimate:
+    """The estimate, told, and within the limits of the recipe."""
+    cost = estimate(recipe, made.original, made.edits, made.context, engine=engine)
+    announce(cost)
+    if recipe.limits is not None:
+        cost.refuse_beyond(recipe.limits.memory_gib, recipe.limits.minutes)
+    return cost
 
 
 def targets_of(recipe: Recipe) -> list[Target]:

@@ -29,10 +29,17 @@ def execute(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]
         raise RecipeError(f"{arguments.out} is there already: name a new folder")
 
     from compress import compiler
+    from compress.report.outcome_view import need
 
     work = arguments.cache or cache_folder()
     try:
-        written = compiler.checkpoint(recipe, arguments.out, progress=terminal.progress, work_dir=work)
+        written = compiler.checkpoint(
+            recipe,
+            arguments.out,
+            progress=terminal.progress,
+            work_dir=work,
+            announce=lambda cost: terminal.note(need(cost)),
+        )
     except RecipeError as error:
         raise recipe.placed(error) from error
     terminal.close()

@@ -28,6 +28,23 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one piece of work takes.
+
+    Attributes:
+        what: it is.
+        seconds: on this machine, as busy as it is now.
+        bytes: of memory at its peak, beside the model and the libraries.
+        way_out: what takes less.
+    """
+
+    what: str
+    seconds: float
+    bytes: int
+    way_out: str
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What a pass may use while it is applied.
 
@@ -75,6 +92,10 @@ class Pass(ABC):
         Raises:
             RefusedError: the model or a target cannot take this pass; says why and the way out.
         """
+
+    def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost] | None:
+        """What it will take, from a few measured calls of the model; None where it cannot tell."""
+        return None
 
     @abstractmethod
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:

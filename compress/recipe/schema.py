@@ -198,6 +198,19 @@ class Evaluate(BaseModel):
     allow_slower: bool = False
 
 
+class Limits(BaseModel):
+    """What the run may take by the estimate made beforehand; it is refused where that is more.
+
+    Attributes:
+        memory_gib: at the peak of the process.
+        minutes: of the whole run.
+    """
+
+    model_config = CONFIG
+    memory_gib: Annotated[float, Field(gt=0.0)] | None = None
+    minutes: Annotated[float, Field(gt=0.0)] | None = None
+
+
 class Gate(BaseModel):
     """Bounds on one metric; the run fails where one is not met.
 
@@ -246,6 +259,7 @@ class Recipe(BaseModel):
     calibration: Calibration | None = None
     evaluate: Evaluate | None = None
     gates: dict[Metric, Gate] = {}
+    limits: Limits | None = None
     out: Text
     _folder: Path = PrivateAttr(default=Path())
     _places: Places = PrivateAttr(default=Places("recipe", {}))
@@ -368,6 +382,7 @@ class Recipe(BaseModel):
             plain["shapes"],
             plain["evaluate"] or {},
             plain["tensorrt"] or {},
+            plain["limits"] or {},
             *plain["gates"].values(),
         ]
         for section in sections:
