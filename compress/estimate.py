@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from compress.cost import Cost
 from compress.errors import RefusedError
-from compress.passes.base import Cost, PassContext
 from compress.peak_memory import resident_bytes
 
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
-    from compress.passes.base import Edit
+    from compress.passes.base import Edit, PassContext
     from compress.recipe.schema import Recipe
 
 MIB = 2**20

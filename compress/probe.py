@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import calibrate
-from compress.passes.base import Cost
+from compress.cost import Cost
 from compress.peak_memory import PeakMemory, resident_bytes
 from compress.quantization import statistics
 from compress.quantization.checks import check_layer

@@ -10,9 +10,9 @@ import pytest
 
 from compress import compiler
 from compress.cli import main
+from compress.cost import Cost
 from compress.errors import RecipeError, RefusedError
 from compress.estimate import Estimate, estimate
-from compress.passes.base import Cost
 from compress.peak_memory import PeakMemory, resident_bytes
 from compress.recipe.schema import Recipe
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from compress.cost import Cost
 from compress.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -25,23 +26,6 @@ class Edit:
     bytes_before: int
     bytes_after: int
     reason: str
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one piece of work takes.
-
-    Attributes:
-        what: it is.
-        seconds: on this machine, as busy as it is now.
-        bytes: of memory at its peak, beside the model and the libraries.
-        way_out: what takes less.
-    """
-
-    what: str
-    seconds: float
-    bytes: int
-    way_out: str
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 from typing_extensions import override
 
+from compress.cost import Cost
 from compress.errors import PassError, RecipeError, RefusedError
 from compress.mixed_precision import Budget, choose, formats_below, limit, limited, summary
 from compress.nearest import unknown
-from compress.passes.base import Cost, Edit, Pass, PassContext
+from compress.passes.base import Edit, Pass, PassContext
 from compress.passes.quantize_layers import (
     QK,
     SKIP,
