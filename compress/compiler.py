@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.engine.export_engine import checked_shapes
+from compress.engine.swap import swap_in, temporary_beside
 from compress.errors import RefusedError
 from compress.estimate import Estimate, estimate
 from compress.guidance import place_guidance
@@ -16,6 +18,7 @@ from compress.measure.verdict import refuse_gates
 from compress.mixed_precision import UP_TO
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.model.lora import fuse_lora
+from compress.model.quantized_checkpoint import Written, write
 from compress.passes.base import Edit, Pass, PassContext
 from compress.progress import Progress, silent
 from compress.prompts import check_disjoint, read_prompts
@@ -65,11 +68,22 @@ class Outcome:
         }
 
 
-def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, work_dir: Path | None = None) -> Outcome:
+def _unheard(cost: Estimate) -> None:
+    """Nobody is told."""
+
+
+def run(
+    recipe: Recipe,
+    *,
+    dry_run: bool = False,
+    progress: Progress = silent,
+    work_dir: Path | None = None,
+    announce: Callable[[Estimate], None] = _unheard,
+) -> Outcome:
     """Follow a recipe from a trained model to a measured engine folder.
 
     A run that was killed goes on where it was, and an edited recipe repeats only what changed: results are kept by
-    content under `work_dir`.
+    content under `work_dir`; `announce` is told what all of it will take before any of it is done.
 
     Raises:
         RefusedError: the model, a target or a pass refuses; before anything is computed.
@@ -77,6 +91,72 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
         RecipeError: a gate bounds what will not be measured.
         PassError: a pass, the export or a measurement broke its promise.
         GateError: a gate was not met; the engine is kept under `rejected/`.
+    """
+    made = opened(recipe, progress=progress, work_dir=work_dir)
+    cost = _cost(recipe, made, announce)
+    if dry_run:
+        return Outcome(recipe, made.edits, cost)
+    for row in made.targets:
+        require_buildable(row)
+        if row.library:
+            library(row.library)
+    stages = apply(made.original, recipe.passes, made.targets, made.context, made.store)
+    engine, report = publish(recipe, made.original, stages, made.targets, made.store, progress)
+    return Outcome(recipe, made.edits, cost, engine, report)
+
+
+def checkpoint(
+    recipe: Recipe,
+    out: Path,
+    *,
+    progress: Progress = silent,
+    work_dir: Path | None = None,
+    announce: Callable[[Estimate], None] = _unheard,
+) -> Written:
+    """Follow a recipe to its last pass, and write the quantized model as a diffusers folder.
+
+    Args:
+        recipe: with the pass `quantize`; its targets say which number formats may be chosen.
+        out: a new folder; it appears whole or not at all.
+        progress: receives what is done.
+        work_dir: as for `run`.
+        announce: likewise.
+
+    Raises:
+        RefusedError: as `run`, or the recipe quantizes nothing that the format has a name for.
+        PassError: a pass broke its promise.
+    """
+    if not any(step.name == "quantize" for step in recipe.passes):
+        raise RefusedError("the recipe has no pass quantize, so there is no quantized checkpoint to write: add it")
+    made = opened(recipe, progress=progress, work_dir=work_dir)
+    _cost(recipe, made, announce, engine=False)
+    stages = apply(made.original, recipe.passes, made.targets, made.context, made.store)
+    folder = temporary_beside(out)
+    try:
+        written = write(list(stages.values())[-1], folder)
+        swap_in(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return written
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A recipe with its model, and all checked that can be before hours are spent."""
+
+    original: LatentDiffusion
+    targets: list[Target]
+    context: PassContext
+    store: Store
+    edits: list[Edit]
+
+
+def opened(recipe: Recipe, *, progress: Progress = silent, work_dir: Path | None = None) -> Opened:
+    """Load the model, compile its sampler and plan every edit.
+
+    Raises:
+        RefusedError, RecipeError: as `run`.
     """
     store = Store((work_dir or cache_folder()) / "store")
     original = load(recipe.locate(recipe.model))
@@ -90,16 +170,16 @@ def run(recipe: Recipe, *, dry_run: bool = False, progress: Progress = silent, w
     _check_evaluate(original, recipe)
     edits = plan(original, recipe.passes, targets)
     _check_formats(edits, targets)
-    cost = estimate(recipe, original, edits)
-    if dry_run:
-        return Outcome(recipe, edits, cost)
-    for row in targets:
-        require_buildable(row)
-        if row.library:
-            library(row.library)
-    stages = apply(original, recipe.passes, targets, context, store)
-    engine, report = publish(recipe, original, stages, targets, store, progress)
-    return Outcome(recipe, edits, cost, engine, report)
+    return Opened(original, targets, context, store, edits)
+
+
+def _cost(recipe: Recipe, made: Opened, announce: Callable[[Estimate], None], *, engine: bool = True) -> Estimate:
+    """The estimate, told, and within the limits of the recipe."""
+    cost = estimate(recipe, made.original, made.edits, made.context, engine=engine)
+    announce(cost)
+    if recipe.limits is not None:
+        cost.refuse_beyond(recipe.limits.memory_gib, recipe.limits.minutes)
+    return cost
 
 
 def targets_of(recipe: Recipe) -> list[Target]:

@@ -11,6 +11,7 @@ COMMANDS = {
     "package": "write an engine and what runs it into one archive",
     "bench": "time an engine against the original pipeline",
     "verify": "check an engine's hashes and golden latents",
+    "checkpoint": "write a quantized model as a diffusers folder that others can read",
     "inspect": "show what an engine or a model is made of",
     "doctor": "show what this machine can build and run",
     "store": "show or prune the stored results of earlier runs",

@@ -28,10 +28,17 @@ def execute(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]
     recipe = Recipe.load(arguments.recipe, [*arguments.set, *out])
 
     from compress import compiler
+    from compress.report.outcome_view import need
 
     work = arguments.cache or cache_folder()
     try:
-        outcome = compiler.run(recipe, dry_run=arguments.dry_run, progress=terminal.progress, work_dir=work)
+        outcome = compiler.run(
+            recipe,
+            dry_run=arguments.dry_run,
+            progress=terminal.progress,
+            work_dir=work,
+            announce=lambda cost: terminal.note(need(cost)),
+        )
     except RecipeError as error:
         raise recipe.placed(error) from error
     terminal.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -219,8 +219,13 @@ class LatentDiffusion:
         _restore(model, folder)
         return model
 
-    def save(self, folder: Path) -> None:
-        """Write a standard diffusers folder plus `compress.json`; `load` gives the same model back, bit for bit."""
+    def save(self, folder: Path, without: Collection[str] = ()) -> None:
+        """Write a standard diffusers folder plus `compress.json`; `load` gives the same model back, bit for bit.
+
+        Args:
+            folder: made where it is not there.
+            without: networks, by their names in the folder, that the caller writes.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         kept = {*self._networks(), *self.tokenizers, "scheduler"}
         index = {
@@ -230,7 +235,8 @@ class LatentDiffusion:
         _write_json(folder / "model_index.json", index)
         with quiet():
             for name, component in (self._networks() | self.tokenizers).items():
-                component.save_pretrained(folder / name)
+                if name not in without:
+                    component.save_pretrained(folder / name)
         (folder / "scheduler").mkdir(exist_ok=True)
         _write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler_config)
         self.save_plans(folder)
@@ -270,7 +276,9 @@ class LatentDiffusion:
 
 
 def load(path: str | Path) -> LatentDiffusion:
-    """Load a diffusers folder, or one written by `LatentDiffusion.save`. Nothing in the folder is executed.
+    """Load a diffusers folder, or one written by `LatentDiffusion.save` or `quantized_checkpoint.write`.
+
+    Nothing in the folder is executed.
 
     Raises:
         RefusedError: one sentence with the file, the cause and the way out.
@@ -294,6 +302,9 @@ def load(path: str | Path) -> LatentDiffusion:
     )
     if (root / STATE_FILE).exists():
         _restore(model, root)
+    if components.layers:
+        rest = model.quant_plans.get("denoiser", QuantPlan({}))
+        model.quant_plans["denoiser"] = replace(rest, layers={**rest.layers, **components.layers})
     return model
 
 

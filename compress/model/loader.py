@@ -17,7 +17,9 @@ from compress.errors import RefusedError
 from compress.families import CONTROLLED_UNET, FAMILIES, Family, Network
 from compress.model.checkpoint import Weights, inside, read_json, read_weights, refusing
 from compress.model.parts import TEXT_ENCODERS
+from compress.model.quantized_checkpoint import read
 from compress.nearest import unknown
+from export.quant_plan import LayerQuant
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Components:
     tokenizers: dict[str, Any]
     scheduler_config: dict[str, Any]
     ignored: list[str] = field(default_factory=list)
+    layers: Mapping[str, LayerQuant] = field(default_factory=dict)
+    """Of the denoiser, those that are stored in few bits."""
 
 
 def load_components(root: Path) -> Components:
@@ -121,7 +125,7 @@ def load_components(root: Path) -> Components:
     unused = (*_UNUSED, *pipeline.unread)
     if left := sorted(set(classes) - {*read, *unused}):
         raise RefusedError(f"{root / 'model_index.json'}: {unknown(left[0], f'a component of {name}', read)}")
-    denoiser = _network(root, classes, family.part, pipeline.denoiser)
+    denoiser, layers = _denoiser(root, classes, family.part, pipeline.denoiser)
     family.check(denoiser)
     return Components(
         index=index,
@@ -132,6 +136,7 @@ def load_components(root: Path) -> Components:
         tokenizers={tokenizer: _tokenizer(root, tokenizer) for tokenizer in tokenizers},
         scheduler_config=_scheduler_config(root, classes),
         ignored=[component for component in unused if component in classes],
+        layers=layers,
     )
 
 
@@ -146,12 +151,37 @@ def _classes(root: Path, index: dict[str, Any]) -> dict[str, str]:
     return classes
 
 
-def _network(root: Path, classes: Mapping[str, str], name: str, class_name: str) -> Network:
-    """Load one network: its class must be the one that is known, its weights those its configuration describes."""
+def _denoiser(
+    root: Path, classes: Mapping[str, str], name: str, class_name: str
+) -> tuple[Network, Mapping[str, LayerQuant]]:
+    """Load the denoiser, and those of its layers that are stored in few bits."""
+    config, where = read_json(root, f"{name}/config.json"), root / name / "config.json"
+    quantization = config.pop("quantization_config", None)
+    if quantization is None:
+        return _network(root, classes, name, class_name), {}
+    _check_class(root, classes, name, class_name)
+    _check_config(config, where, class_name)
+    weights = read_weights(root, name, "diffusion_pytorch_model")
+    cls: Any = getattr(diffusers, class_name)
+    with quiet(), refusing(f"{where} does not describe a {class_name}"), torch.device("meta"):
+        described = cls.from_config(config).state_dict()
+    tensors, layers = read(described, quantization, weights, where)
+    with quiet():
+        network: Network = cls.from_config(config)
+    network.load_state_dict(tensors, assign=True)
+    return network.eval().requires_grad_(False), layers
+
+
+def _check_class(root: Path, classes: Mapping[str, str], name: str, class_name: str) -> None:
     if classes[name] != class_name:
         raise RefusedError(
             f"{root / 'model_index.json'}: {unknown(classes[name], f'a supported class of {name!r}', [class_name])}"
         )
+
+
+def _network(root: Path, classes: Mapping[str, str], name: str, class_name: str) -> Network:
+    """Load one network: its class must be the one that is known, its weights those its configuration describes."""
+    _check_class(root, classes, name, class_name)
     config, where = read_json(root, f"{name}/config.json"), root / name / "config.json"
     _check_config(config, where, class_name)
     ours = class_name not in TEXT_ENCODERS

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from compress.cost import Cost
 from compress.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ class Pass(ABC):
         Raises:
             RefusedError: the model or a target cannot take this pass; says why and the way out.
         """
+
+    def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost] | None:
+        """What it will take, from a few measured calls of the model; None where it cannot tell."""
+        return None
 
     @abstractmethod
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:

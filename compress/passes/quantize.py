@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 from typing_extensions import override
 
+from compress.cost import Cost
 from compress.errors import PassError, RecipeError, RefusedError
 from compress.mixed_precision import Budget, choose, formats_below, limit, limited, summary
 from compress.nearest import unknown
@@ -190,6 +191,28 @@ class Quantize(Pass):
             )
         reason = f"attention is {QK}" + (f" (on {', '.join(able)})" if able else "")
         return [Edit(self.name, f"denoiser.{name}", QK, 0, 0, reason) for name in attentions(model.denoiser)]
+
+    @override
+    def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost] | None:
+        """Measured beforehand; None with a budget, finetuning or a search, whose work depends on what they find."""
+        from compress import calibrate, probe
+
+        if self.budget is not None or self.finetune or self.calls == "search" or not context.prompts:
+            return None
+        own = [edit for edit in edits if edit.pass_name == self.name]
+        rows = {
+            (part, name): scheme(edit.action)
+            for part, layers in rows_of(own).items()
+            for name, edit in layers.items()
+            if edit.action not in (SKIP, QK)
+        }
+        floats = list(self._may_float(own)) if self.float_share else []
+        watched = self._watched(own)
+        backwards = watched.get("denoiser", []) if floats or (self.calls != "alike" and self._may_float(own)) else []
+        kept = calibrate.ROWS if self.methods().looks_at_rows or self.float_share else 0
+        passes = 1 if self.attention == "none" else 2
+        work = probe.Work(rows, watched, backwards, floats, self.methods(), kept, passes)
+        return probe.costs(model, work, context)
 
     @override
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:

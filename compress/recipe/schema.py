@@ -211,6 +211,19 @@ class Evaluate(BaseModel):
     allow_slower: bool = False
 
 
+class Limits(BaseModel):
+    """What the run may take by the estimate made beforehand; it is refused where that is more.
+
+    Attributes:
+        memory_gib: at the peak of the process.
+        minutes: of the whole run.
+    """
+
+    model_config = CONFIG
+    memory_gib: Annotated[float, Field(gt=0.0)] | None = None
+    minutes: Annotated[float, Field(gt=0.0)] | None = None
+
+
 class Gate(BaseModel):
     """Bounds on one metric; the run fails where one is not met.
 
@@ -260,6 +273,7 @@ class Recipe(BaseModel):
     calibration: Calibration | None = None
     evaluate: Evaluate | None = None
     gates: dict[Metric, Gate] = {}
+    limits: Limits | None = None
     out: Text
     _folder: Path = PrivateAttr(default=Path())
     _places: Places = PrivateAttr(default=Places("recipe", {}))
@@ -385,6 +399,7 @@ class Recipe(BaseModel):
             plain["evaluate"] or {},
             plain["tensorrt"] or {},
             plain["web"] or {},
+            plain["limits"] or {},
             *plain["gates"].values(),
         ]
         for section in sections:

@@ -13,6 +13,7 @@ from compress.report.report import latency_table, table
 
 if TYPE_CHECKING:
     from compress.compiler import Outcome
+    from compress.estimate import Estimate
     from compress.passes.base import Edit
 
 MIB = 2**20
@@ -21,17 +22,21 @@ MIB = 2**20
 def render(outcome: Outcome) -> RenderableType:
     """Lay an outcome out for people."""
     if outcome.report is None or outcome.engine is None:
-        cost = outcome.estimate
-        need = (
-            f"This needs about {cost.minutes:.0f} minutes, {cost.memory_mib:.0f} MiB of memory and "
-            f"{cost.disk_mib:.0f} MiB on disk. Nothing was written."
-        )
-        return Group(edit_table(outcome.edits), need)
+        return Group(edit_table(outcome.edits), f"{need(outcome.estimate)} Nothing was written.")
     parts: list[RenderableType] = [table(outcome.report)]
     if outcome.report.latency:
         parts.append(latency_table(outcome.report))
     parts.append(f"engine: {outcome.engine}\nreport: {outcome.engine / 'report.html'}")
     return Group(*parts)
+
+
+def need(cost: Estimate) -> str:
+    """What a run takes, in a sentence."""
+    parts = ", ".join(f"{one.what} {one.seconds / 60.0:.1f}" for one in cost.work)
+    return (
+        f"This needs about {cost.minutes:.1f} minutes ({parts}), {cost.memory_mib:.0f} MiB of memory and "
+        f"{cost.disk_mib:.0f} MiB on disk."
+    )
 
 
 def edit_table(edits: Sequence[Edit]) -> Table:
