@@ -175,3 +175,17 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_one_sweeps(tmp_path: Path)
     assert store.fetch({"slow": 1}, lambda folder: (folder / "big").write_bytes(b"y"), lambda f: 1) == 1
     assert time.monotonic() - began < 5.0  # the dead process holds no lock
     assert not list((tmp_path / "store" / "tmp").iterdir())
+
+
+def test_unfinished_work_goes_on_and_finished_work_is_gone(tmp_path: Path) -> None:
+    store, inputs = Store(tmp_path), {"what": "training"}
+    with pytest.raises(RuntimeError), store.workspace(inputs) as folder:
+        (folder / "half").write_text("done")
+        raise RuntimeError
+    with store.workspace(inputs) as folder:
+        assert (folder / "half").read_text() == "done"
+    assert not folder.exists()
+    with pytest.raises(RuntimeError), store.workspace(inputs) as folder:
+        raise RuntimeError
+    store.prune()
+    assert not folder.exists()
