@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from compress.passes.base import Size
+
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
     from compress.passes.base import Edit
@@ -52,14 +54,22 @@ def estimate(recipe: Recipe, model: LatentDiffusion, edits: Sequence[Edit]) -> E
         samples = recipe.evaluate.samples
         work += samples * picture * (1.0 + _ENGINE * (len(recipe.targets) + len(recipe.evaluate.against)))
         work += min(samples, PAIRED) * picture * (_FAKE_QUANTIZED * len(recipe.passes) + _ENGINE)
+    costs = [cost for step in recipe.passes if (cost := step.cost(model, _size(recipe))) is not None]
+    work += sum(cost.seconds for cost in costs)
     weights = sum(p.numel() * p.element_size() for part in model.parts().values() for p in part.parameters())
     saved = sum(edit.bytes_before - edit.bytes_after for edit in edits)
     resident = _resident_bytes()
     return Estimate(
         minutes=work / 60.0,
-        memory_mib=(resident + 4 * weights) / MIB,
+        memory_mib=(resident + max([4.0 * weights, *(cost.memory_bytes for cost in costs)])) / MIB,
         disk_mib=(weights * max(1, len(recipe.passes)) + max(0, weights - saved) * 2) / MIB,
     )
+
+
+def _size(recipe: Recipe) -> Size:
+    shapes = recipe.shapes
+    tokens = shapes.prompt_tokens.best if shapes.prompt_tokens is not None else 8
+    return Size(shapes.height.best, shapes.width.best, tokens)
 
 
 def _seconds_a_picture(recipe: Recipe, model: LatentDiffusion) -> float:
@@ -72,9 +82,9 @@ def _seconds_a_picture(recipe: Recipe, model: LatentDiffusion) -> float:
     inputs = model.family.example_inputs(
         model.denoiser,
         batch=batch * halves,
-        height=recipe.shapes.height.best // factor,
-        width=recipe.shapes.width.best // factor,
-        prompt_tokens=recipe.shapes.prompt_tokens.best if recipe.shapes.prompt_tokens is not None else 8,
+        height=_size(recipe).height // factor,
+        width=_size(recipe).width // factor,
+        prompt_tokens=_size(recipe).prompt_tokens,
     )
     denoiser = model.parts()["denoiser"]
     seconds = []

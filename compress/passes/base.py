@@ -28,6 +28,28 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a pass will need, beside what every run does.
+
+    Attributes:
+        seconds: on this machine, as busy as it is now.
+        memory_bytes: at its peak.
+    """
+
+    seconds: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a picture in pixels, and of a prompt."""
+
+    height: int
+    width: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What a pass may use while it is applied.
 
@@ -67,6 +89,19 @@ class Pass(ABC):
     def required(self) -> frozenset[str]:
         """What it needs with the fields it has; `needs`, unless its fields decide."""
         return self.needs
+
+    @property
+    def label(self) -> str:
+        """What a recipe may hold once: the name, unless its fields make it another."""
+        return self.name
+
+    def cost(self, model: LatentDiffusion, size: Size) -> Cost | None:
+        """Time and memory beforehand, from one try; None where the estimate of a run covers it.
+
+        Raises:
+            RefusedError: it would exceed a limit that is one of its fields.
+        """
+        return None
 
     @abstractmethod
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:

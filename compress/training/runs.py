@@ -34,6 +34,7 @@ class Runs:
 
     Attributes:
         states: float32 (runs, points + 1, channels, h, w), as the network takes them; the last is the clean latent.
+            Of some only that is kept, (runs, 1, channels, h, w).
         times: timestep values of the points (points,).
         signal, sigma: of the points and of the end, 1 and 0, (points + 1,).
         prompts: of every run, rows of `conditioning`, int64 (runs,).
@@ -87,6 +88,8 @@ def teacher_runs(
     asked: Asked,
     store: Store | None = None,
     progress: Progress = silent,
+    *,
+    ends_only: bool = False,
 ) -> Runs:
     """Run the model's step plan in float, and keep the latents before some of its rows and the last ones.
 
@@ -96,6 +99,7 @@ def teacher_runs(
         asked: how many runs, and of what.
         store: keeps the runs by content; None computes them anew.
         progress: receives (what, runs, runs in all).
+        ends_only: of the latents, keep the last alone.
 
     Raises:
         RefusedError: there are no prompts.
@@ -104,22 +108,23 @@ def teacher_runs(
     plan = _plan(model)
     if not asked.prompts:
         raise RefusedError("the teacher's own samples need at least one prompt: give calibration.prompts")
-    pieces, total = [], -(-asked.count // CHUNK) * CHUNK
-    state = model.state_hash()
-    for first in range(0, total, CHUNK):
-        progress("sample the teacher", min(first, asked.count), asked.count)
-        chunk = functools.partial(_states, model, points, asked, first)
+    pieces = []
+    state, kept = model.state_hash(), [] if ends_only else list(points)
+    for first in range(0, asked.count, CHUNK):
+        size = min(CHUNK, asked.count - first)
+        progress("sample the teacher", first, asked.count)
+        chunk = functools.partial(_states, model, kept, asked, range(first, first + size))
         inputs = {
             "what": "teacher runs",
             "model": state,
-            "points": list(points),
-            "prompts": [asked.prompts[(first + at) % len(asked.prompts)] for at in range(CHUNK)],
+            "points": kept,
+            "prompts": [asked.prompts[(first + at) % len(asked.prompts)] for at in range(size)],
             "seed": asked.seed + first,
             "size": [asked.height, asked.width],
         }
         pieces.append(chunk() if store is None else store.fetch(inputs, functools.partial(_write, chunk), _read))
     progress("sample the teacher", asked.count, asked.count)
-    states = np.concatenate(pieces)[: asked.count]
+    states = np.concatenate(pieces)
     if not np.isfinite(states).all():
         raise PassError("the teacher's own samples are not finite, so nothing can be learned from them")
     steps = [plan.steps[row] for row in points]
@@ -166,11 +171,11 @@ def _read(folder: Path) -> np.ndarray:
     return states
 
 
-def _states(model: LatentDiffusion, points: Sequence[int], asked: Asked, first: int) -> np.ndarray:
-    """The states of one chunk, float32 (CHUNK, points + 1, channels, h, w)."""
+def _states(model: LatentDiffusion, points: Sequence[int], asked: Asked, runs: range) -> np.ndarray:
+    """The states of some runs, float32 (runs, points + 1, channels, h, w)."""
     runtime, made = model.runtime(simulate=False), []
-    for begin in range(first, first + CHUNK, asked.batch):
-        numbers = range(begin, min(begin + asked.batch, first + CHUNK))
+    for begin in range(0, len(runs), asked.batch):
+        numbers = runs[begin : begin + asked.batch]
         seen: dict[int, np.ndarray] = {}
 
         def watch(row: int, step: Step, latents: Lags, outputs: Lags, seen: dict[int, np.ndarray] = seen) -> Step:

@@ -187,8 +187,8 @@ def _checkpoint(
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors[f"weight/{name}"], tensors[f"average/{name}"] = parameter, state.average[name]
-        moments = adam.state[parameter]
-        tensors[f"first/{name}"], tensors[f"second/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+        if moments := adam.state.get(parameter):  # a parameter that nothing calls has none
+            tensors[f"first/{name}"], tensors[f"second/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
     facts = {"run": _run(schedule), "seconds": state.seconds, "loss": state.loss, "curve": state.curve}
     return Checkpoint(state.done, tensors, facts)
 
@@ -205,11 +205,12 @@ def _resumed(parameters: dict[str, nn.Parameter], adam: torch.optim.AdamW, sched
     for name, parameter in parameters.items():
         parameter.copy_(found.tensors[f"weight/{name}"])
         state.average[name].copy_(found.tensors[f"average/{name}"])
-        adam.state[parameter] = {
-            "step": torch.tensor(float(found.done)),
-            "exp_avg": found.tensors[f"first/{name}"].to(parameter.device),
-            "exp_avg_sq": found.tensors[f"second/{name}"].to(parameter.device),
-        }
+        if f"first/{name}" in found.tensors:
+            adam.state[parameter] = {
+                "step": torch.tensor(float(found.done)),
+                "exp_avg": found.tensors[f"first/{name}"].to(parameter.device),
+                "exp_avg_sq": found.tensors[f"second/{name}"].to(parameter.device),
+            }
     state.done, state.seconds, state.loss = found.done, float(found.facts["seconds"]), float(found.facts["loss"])
     state.curve = [(int(done), float(loss)) for done, loss in found.facts["curve"]]
     return state
