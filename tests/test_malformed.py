@@ -116,7 +116,11 @@ RECIPES: dict[str, tuple[bytes, int, str]] = {
     "no targets": (swap(b"[onnxruntime-cpu]", b"[]"), 2, "targets: must not be empty"),
     "targets as text": (swap(b"[onnxruntime-cpu]", b"onnxruntime-cpu"), 2, "targets: is the text"),
     "an unknown key": (swap(b"out: engine", b"output: engine"), 2, "output: is not a known key"),
-    "an unknown pass": (swap(b"- cache:", b"- prun:"), 2, "'prun' is not a pass; known: distill, quantize, solver, cache, fuse"),
+    "an unknown pass": (
+        swap(b"- cache:", b"- prun:"),
+        2,
+        "'prun' is not a pass; known: distill, quantize, solver, cache, fuse",
+    ),
     "passes as a mapping": (RECIPE.replace(b"  - ", b"  "), 2, "passes: is a mapping, not a list of passes"),
     "two passes in one item": (RECIPE.replace(b"  - cache", b"    cache"), 2, "passes[0]: is 2 keys, not one pass"),
     "an empty pass": (swap(b"quantize: {scheme: int8-w8a8}", b"quantize:"), 2, "quantize.scheme: is missing"),
