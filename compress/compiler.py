@@ -235,7 +235,7 @@ def apply(
     """Apply and check the passes in order, each on the result of the one before; results are stored by content.
 
     Returns:
-        Pass name -> the model after it.
+        Label of a pass -> the model after it.
     """
     stages: dict[str, LatentDiffusion] = {}
     for step in passes:
@@ -264,7 +264,7 @@ def apply(
         }
         model = store.fetch(inputs, make, load if "weights" in step.changes else before.with_plans)
         step.check(model, edits)
-        stages[step.name] = model
+        stages[step.label] = model
     return stages
 
 

@@ -156,8 +156,8 @@ def _edits(subject: Subject) -> dict[str, dict[str, int]]:
     """Pass -> action -> how many modules it was done to."""
     found, model = {}, subject.original
     for step in subject.recipe.passes:
-        found[step.name] = dict(Counter(edit.action for edit in step.plan(model, subject.targets)))
-        model = subject.stages[step.name]
+        found[step.label] = dict(Counter(edit.action for edit in step.plan(model, subject.targets)))
+        model = subject.stages[step.label]
     return found
 
 
@@ -359,7 +359,10 @@ def _costs(
 
 
 def _at_the_same_points(subject: Subject) -> LatentDiffusion:
-    """The original; where a pass chose other sampler points, the original at those, every call full."""
+    """The original; where a pass chose other sampler points, the original at those, every call full.
+
+    Guidance that a pass put into the weights is given by both halves.
+    """
     before, after = subject.original.step_plan, subject.compressed.step_plan
     if before is None or after is None or [step.t for step in before.steps] == [step.t for step in after.steps]:
         return subject.original
@@ -367,7 +370,11 @@ def _at_the_same_points(subject: Subject) -> LatentDiffusion:
         replace(step, path=before.full_path, read={}, write=(), span=1, gated=False, initial=0.0)
         for step in after.steps
     )
-    return replace(subject.original, step_plan=replace(before, steps=steps, starts={}))
+    scale = None if after.contract is None else after.contract.guidance_scale
+    if scale is not None:
+        steps = tuple(replace(step, guidance="cfg", guidance_scale=scale) for step in steps)
+    plan = replace(before, steps=steps, starts={}, init_noise_sigma=after.init_noise_sigma)
+    return replace(subject.original, step_plan=plan)
 
 
 def _curves(subject: Subject, picked: str, workload: Workload, progress: Progress) -> tuple[Curve, ...]:

@@ -119,6 +119,20 @@ class Store:
             self._write(key, inputs, make)
             return load(entry)
 
+    @contextlib.contextmanager
+    def workspace(self, inputs: Mapping[str, Any]) -> Iterator[Path]:
+        """A folder for work that can go on after its process was killed; deleted once the block ends without an error.
+
+        Args:
+            inputs: plain data that the work depends on; versions are added. One process at a time has the folder.
+        """
+        key = key_of(inputs)
+        with self._lock(key):
+            folder = self.folder / "work" / key
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
+
     def usage(self) -> Usage:
         """Count entries and their bytes."""
         sizes = [_bytes(entry) for entry in self._entries()]
@@ -127,9 +141,9 @@ class Store:
     def prune(self, keep_bytes: int = 0) -> Usage:
         """Delete the entries used longest ago until at most `keep_bytes` are left; returns what was deleted.
 
-        An entry in use by another process stays. Leftovers of killed processes go too.
+        An entry in use by another process stays. Leftovers of killed processes go too, unfinished work included.
         """
-        for leftover in (self.folder / "tmp").glob("*"):
+        for leftover in (*(self.folder / "tmp").glob("*"), *(self.folder / "work").glob("*")):
             with self._lock(leftover.name.partition(".")[0], wait=False) as mine:
                 if mine:
                     shutil.rmtree(leftover, ignore_errors=True)

@@ -26,6 +26,8 @@ def check(plan: StepPlan, conditioning: Sequence[str] | None, latent_input: str)
     _check_slots(plan)
     for row, step in enumerate(plan.steps):
         _check_step(plan, row, step)
+    if plan.contract is not None:
+        plan.contract.check(plan.prediction, plan.steps)
     _check_levels(plan)
     found = origins(plan)
     for row in range(len(plan.steps)):

@@ -122,7 +122,15 @@ class Runtime:
         self._idle_slots: list[Slots] = []
 
     def altered(self, plan: StepPlan | None = None, functions: Mapping[str, PartFunction] | None = None) -> Runtime:
-        """The same runtime over another plan of the same segments, or over other functions."""
+        """The same runtime over another plan of the same segments, or over other functions.
+
+        Raises:
+            StepPlanError: the weights were distilled for a sampler, and the plan does not say so.
+        """
+        if plan is not None and functions is None and plan.contract != self.plan.contract:
+            if self.plan.contract is None:
+                raise StepPlanError("the plan is for distilled weights, and these are not: take the plan of this model")
+            raise StepPlanError("the weights were distilled for one sampler: take a plan with the contract they hold")
         return Runtime(
             self.plan if plan is None else plan,
             self.functions if functions is None else functions,
@@ -192,6 +200,7 @@ class Runtime:
         Raises:
             RuntimeInputError: one sentence on what does not fit.
         """
+        self._refuse_negatives(negative_prompts)
         start = self._start(strength, start_step, image_latents)
         plan, rows = self._program(start)
         pixels = self._pixels(height, width, noise, image_latents)
@@ -333,6 +342,14 @@ class Runtime:
                 raise RuntimeInputError(str(error)) from error
             self._programs[start] = plan, look_up(plan, self.functions, self.joined)
         return self._programs[start]
+
+    def _refuse_negatives(self, negative: Prompts | Conditioning | None) -> None:
+        scale = None if self.plan.contract is None else self.plan.contract.guidance_scale
+        if negative is not None and scale is not None:
+            raise RuntimeInputError(
+                f"the weights give guidance of scale {scale:g} by themselves, away from no prompt: leave negative "
+                "prompts out"
+            )
 
     def _whole(self, start: int) -> WholeLoop | None:
         if self.whole_loop is None:

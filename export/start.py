@@ -68,7 +68,9 @@ def started_at(plan: StepPlan, row: int, latent_input: str | None = None) -> Ste
         for name in step.write:
             written[name] += 1
         steps.append(step)
-    started = _respanned(plan, row, replace(plan, steps=tuple(steps), starts={}), latent_input or plan.latent_input)
+    contract = None if plan.contract is None else plan.contract.started(row)
+    bare = replace(plan, steps=tuple(steps), starts={}, contract=contract)
+    started = _respanned(plan, row, bare, latent_input or plan.latent_input)
     started.validate(latent_input=latent_input)
     return started
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from export import contract as contracts
 from export import plan_json
+from export.contract import Contract
 from export.plan_checks import check
 from export.plan_rows import (
     Gate,
@@ -24,6 +26,7 @@ from export.plan_rows import (
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Contract",
     "Gate",
     "GateReference",
     "GuidanceMode",
@@ -55,6 +58,7 @@ class StepPlan:
         prediction: what the network predicts (`epsilon`, `v_prediction`, `flow`, `sample`): for reports and oracles.
         key: what the plan was made for (model hash, sampler, network calls, guidance scale, ...).
         gate: what decides the gated rows.
+        contract: what the weights were distilled for; None where any sampler will do.
     """
 
     segments: Mapping[str, Segment]
@@ -66,6 +70,7 @@ class StepPlan:
     prediction: str = "epsilon"
     key: Mapping[str, Any] = field(default_factory=dict)
     gate: Gate | None = None
+    contract: Contract | None = None
 
     @property
     def network_calls(self) -> int:
@@ -140,6 +145,7 @@ class StepPlan:
                 prediction=plan_json.name(raw.pop("prediction")),
                 key=dict(raw.pop("key")),
                 gate=plan_json.gate(raw.pop("gate", None)),
+                contract=contracts.read(raw.pop("contract", None)),
                 **raw,
             )
             plan.validate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -175,3 +176,22 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_one_sweeps(tmp_path: Path)
     assert store.fetch({"slow": 1}, lambda folder: (folder / "big").write_bytes(b"y"), lambda f: 1) == 1
     assert time.monotonic() - began < 5.0  # the dead process holds no lock
     assert not list((tmp_path / "store" / "tmp").iterdir())
+
+
+def stopped(store: Store) -> None:
+    """Begin work and fail."""
+    with contextlib.suppress(KeyboardInterrupt), store.workspace(INPUTS) as folder:
+        (folder / "half").write_text("done")
+        raise KeyboardInterrupt
+
+
+def test_unfinished_work_goes_on_and_finished_work_is_gone(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    stopped(store)
+    with store.workspace(INPUTS) as folder:
+        assert (folder / "half").read_text() == "done"
+    assert not folder.exists()
+    stopped(store)
+    assert folder.exists()
+    store.prune()
+    assert not folder.exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from compress.errors import PassError, RefusedError
@@ -13,6 +13,7 @@ from compress.measure.quality import Judge, Quality, Stage, Workload, generate
 from compress.progress import Progress, silent
 from compress.report.report import Baseline, Latency, Role
 from export.runtime import Runtime
+from export.step_plan import StepPlanError
 
 if TYPE_CHECKING:
     from compress.measure.original import Pipeline
@@ -197,7 +198,7 @@ def plan_with_steps(model: LatentDiffusion, steps: int) -> StepPlan:
     key = model.step_plan.key
     segments, paths, slots = model.family.segments(model.denoiser, None)
     interval = key.get("guidance_interval")
-    return compile_sampler(
+    plan = compile_sampler(
         key["scheduler"],
         model.scheduler_config,
         steps,
@@ -208,6 +209,12 @@ def plan_with_steps(model: LatentDiffusion, steps: int) -> StepPlan:
         slots=slots,
         options=key.get("options"),
     )
+    try:
+        plan = replace(plan, contract=model.step_plan.contract)
+        plan.validate()
+    except StepPlanError as error:
+        raise RefusedError(str(error)) from error
+    return plan
 
 
 def fewer_steps_quality(

@@ -69,6 +69,11 @@ class Pass(ABC):
         """What it needs with the fields it has; `needs`, unless its fields decide."""
         return self.needs
 
+    @property
+    def label(self) -> str:
+        """What a recipe may hold once: the name, unless its fields make it another."""
+        return self.name
+
     @abstractmethod
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
         """List every edit, without touching the model.
@@ -78,7 +83,11 @@ class Pass(ABC):
         """
 
     def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost] | None:
-        """What it will take, from a few measured calls of the model; None where it cannot tell."""
+        """What it will take, from a few measured calls of the model; None where it cannot tell.
+
+        Raises:
+            RefusedError: it would exceed a limit that is one of its fields.
+        """
         return None
 
     @abstractmethod

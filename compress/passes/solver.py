@@ -171,6 +171,8 @@ def _uncached(model: LatentDiffusion) -> StepPlan:
     """The plan of a compiled sampler that nothing has rewritten yet."""
     if model.step_plan is None:
         raise RefusedError("solver: the model has no step plan; the sampler must be compiled first")
+    if model.step_plan.contract is not None and model.step_plan.contract.every:
+        raise RefusedError("solver: the weights were distilled for the calls of their plan: leave this pass out")
     if model.layout is not None or model.step_plan.slots or "solver" in model.step_plan.key:
         raise RefusedError("solver: the step plan is rewritten already; put this pass before cache, once")
     return model.step_plan

@@ -129,8 +129,8 @@ def read_passes(raw: Any, places: Places) -> tuple[Pass, ...]:
         built.append(_read_pass(name, given or {}, places, (*at, name)))
     order = list(PASSES)
     for index, (before, after) in enumerate(itertools.pairwise(built), start=1):
-        if before.name == after.name:
-            raise places.error(("passes", index), f"{after.name!r} is there twice; give one with all its fields")
+        if after.label in [step.label for step in built[:index]]:
+            raise places.error(("passes", index), f"{after.label!r} is there twice; give one with all its fields")
         if order.index(after.name) < order.index(before.name):
             raise places.error(
                 ("passes", index),

@@ -1,0 +1,211 @@
+"""The pass `distill`: the denoiser learns from its own runs to need no second guidance half, or fewer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le
+from typing_extensions import override
+
+from compress.cost import Cost
+from compress.errors import PassError, RefusedError
+from compress.passes.base import Edit, Pass, PassContext
+from export.step_plan import StepPlan, StepPlanError
+
+if TYPE_CHECKING:
+    from compress.model.latent_diffusion import LatentDiffusion
+    from export.target import Target
+
+RUNS_SEED = 1 << 32
+"""Added to the seed for the teacher's runs: they share no noise with calibration or evaluation."""
+
+
+@dataclass
+class Distill(Pass):
+    """Trains the denoiser on its own runs, without data, and rewrites the step plan to what it has learned.
+
+    `guidance` puts the plan's guidance scale into the weights: half the denoiser's work, the sampler stays. `segment`
+    gives a student of `steps` steps, each of which lands where the teacher's own sampler comes to in several, guidance
+    included; `progressive` comes there by halvings, each student the teacher of the next. How long: `updates`, or as
+    many as fit into `minutes`; with both, a run that would take longer than `minutes` is refused beforehand. The
+    prompts are those of the calibration.
+
+    Attributes:
+        objective: what is learned.
+        steps: of the student's sampler; for segment and progressive.
+        updates: of the weights, in all.
+        minutes: of training, on this machine; the teacher's runs come before.
+        samples: runs of the teacher.
+        batch: samples an update.
+        accumulate: parts that a batch is computed in, for less memory.
+        rate: the largest learning rate.
+        average: decay of the averaged weights, which are the ones that are kept.
+        bf16: networks compute in bfloat16 while training; the sampler's arithmetic stays float32.
+    """
+
+    name: ClassVar[str] = "distill"
+    paper: ClassVar[str] = "Meng et al. 2022, arXiv 2210.03142; Salimans and Ho 2022, arXiv 2202.00512"
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration", "training"})
+    changes: ClassVar[frozenset[str]] = frozenset({"weights", "plan"})
+
+    objective: Literal["guidance", "segment", "progressive"]
+    steps: Annotated[int, Ge(1)] | None = None
+    updates: Annotated[int, Ge(1)] | None = None
+    minutes: Annotated[float, Gt(0.0)] | None = None
+    samples: Annotated[int, Ge(1)] = 256
+    batch: Annotated[int, Ge(1)] = 16
+    accumulate: Annotated[int, Ge(1)] = 1
+    rate: Annotated[float, Gt(0.0), Le(1.0)] = 3e-4
+    average: Annotated[float, Ge(0.0), Le(0.999999)] = 0.99
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse fields that do not go together."""
+        if self.objective == "guidance" and self.steps is not None:
+            raise ValueError("steps: guidance keeps the sampler's steps; leave it out, or choose segment")
+        if self.objective != "guidance" and self.steps is None:
+            raise ValueError(f"steps: is missing; {self.objective} needs the number of steps of the student")
+        if self.updates is None and self.minutes is None:
+            raise ValueError("updates: is missing; give updates, or minutes that they may take")
+        if self.accumulate > self.batch:
+            raise ValueError(f"accumulate: a batch of {self.batch} has no {self.accumulate} parts; give fewer")
+
+    @property
+    @override
+    def label(self) -> str:
+        return f"{self.name}-{self.objective}"
+
+    @override
+    def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
+        plan = _plain(model)
+        guided = any(step.guidance != "none" for step in plan.steps)
+        if self.objective == "guidance":
+            if not guided:
+                raise RefusedError(
+                    "distill: the plan has no guidance to learn: set sampler.guidance_scale above 1, or leave this out"
+                )
+            why = f"guidance of scale {self._scale(plan):g} goes into the weights: one half a call instead of two"
+        else:
+            why = self._why(plan)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.denoiser.parameters())
+        return [Edit(self.name, "denoiser", self.label, size, size, why)]
+
+    def _scale(self, plan: StepPlan) -> float:
+        from compress.training.student import guidance_of
+
+        return guidance_of(plan) or 1.0
+
+    def _why(self, plan: StepPlan) -> str:
+        from compress.training.student import guidance_of
+
+        guidance_of(plan)
+        whole = plan.network_calls // int(plan.key.get("order", 1))
+        if any(step.noise for step in plan.steps):
+            raise RefusedError(
+                f"distill: {plan.key.get('scheduler')} draws noise at its steps, so that no run leads to the same "
+                "picture: choose a deterministic scheduler"
+            )
+        if self.steps is None or self.steps >= whole:
+            raise RefusedError(f"distill: steps: {self.steps} are no fewer than the {whole} of the sampler")
+        return f"{self.steps} steps land where {whole} of {plan.key.get('scheduler')} do, guidance included"
+
+    @override
+    def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost]:
+        from compress.training.cost import TRIED, sample_cost
+
+        plan, whole = _plain(model), model.family.segments(model.denoiser, None).segments[0].module
+        height, width = (side // model.latent["downscale"] for side in (context.height, context.width))
+        tokens = max([int(entry["max_length"]) for entry in model.conditioning.get("encoders", ())], default=8)
+        one = sample_cost(
+            model.denoiser, whole, model.family.example_inputs(model.denoiser, TRIED, height, width, tokens)
+        )
+        online = self.objective == "guidance"
+        halves = sum(2 if step.guidance != "none" else 1 for step in plan.steps)
+        runs = halves + sum(self._rounds(plan)[:-1])
+        training = 60.0 * (self.minutes or 0.0)
+        if self.updates is not None:
+            training = self.updates * self.batch * (one.update + (2 * one.forward if online else 0.0))
+            if self.minutes is not None and training > 60.0 * self.minutes:
+                raise RefusedError(
+                    f"distill: {self.updates} updates of {self.batch} samples would take {training / 60.0:.0f} minutes "
+                    f"here, and minutes allows {self.minutes:g}: give fewer, a smaller batch, or more minutes"
+                )
+        memory = one.memory(-(-self.batch // self.accumulate))
+        seconds = training + self.samples * runs * one.forward
+        return [Cost(f"the pass {self.label}", seconds, int(memory), "fewer updates, or a smaller batch")]
+
+    def _rounds(self, plan: StepPlan) -> list[int]:
+        """Steps of every student in a row; of guidance, the plan's own calls."""
+        from compress.training.student import halvings
+
+        if self.steps is None:
+            return [plan.network_calls]
+        if self.objective == "segment":
+            return [self.steps]
+        return halvings(plan.network_calls // int(plan.key.get("order", 1)), self.steps)
+
+    @override
+    def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
+        if not context.prompts:
+            raise RefusedError("distill: needs the key calibration, whose prompts it samples")
+        rounds = self._rounds(_plain(model))
+        for steps in rounds:
+            self._round(model, steps, len(rounds), context)
+
+    def _round(self, model: LatentDiffusion, steps: int, rounds: int, context: PassContext) -> None:
+        """Train one student, and give the model its weights and its plan."""
+        from compress.training.distillation import Lesson, learn
+        from compress.training.runs import Asked
+        from compress.training.student import guided_plan, points_of, student_plan
+        from compress.training.trainer import Schedule
+
+        plan = _plain(model)
+        few = self.steps is not None
+        rows = points_of(plan, steps) if few else list(range(plan.network_calls))
+        lesson = Lesson(
+            what=f"distill {self.objective}, {steps} steps",
+            rows=rows,
+            online=not few,
+            asked=Asked(context.prompts, context.seed + RUNS_SEED, self.samples, context.height, context.width),
+            minutes=None if self.minutes is None else self.minutes / rounds,
+            bf16=self.bf16,
+        )
+        schedule = Schedule(
+            updates=0 if self.updates is None else -(-self.updates // rounds),
+            rate=self.rate,
+            batch=self.batch,
+            accumulate=self.accumulate,
+            average=self.average,
+            seed=context.seed,
+        )
+        learn(model, lesson, schedule, context.store, context.progress)
+        model.step_plan = student_plan(plan, rows) if few else guided_plan(plan)
+
+    @override
+    def check(self, model: LatentDiffusion, edits: Sequence[Edit]) -> None:
+        import torch
+
+        plan = model.step_plan
+        if plan is None or plan.contract is None or plan.contract.every == (self.steps is None):
+            raise PassError("the step plan holds no contract of what was distilled")
+        if self.steps is not None and plan.network_calls != self.steps:
+            raise PassError(f"the step plan makes {plan.network_calls} calls, not the {self.steps} that were distilled")
+        if any(step.guidance != "none" for step in plan.steps):
+            raise PassError("a row of the step plan is still guided")
+        if not all(bool(torch.isfinite(weight).all()) for weight in model.denoiser.parameters()):
+            raise PassError("the distilled weights are not finite")
+        try:
+            plan.validate(model.family.inputs(model.denoiser))
+        except StepPlanError as error:
+            raise PassError(f"the step plan is not valid: {error}") from error
+
+
+def _plain(model: LatentDiffusion) -> StepPlan:
+    """The plan of a model in float whose denoiser runs whole at every call."""
+    if model.step_plan is None:
+        raise RefusedError("distill: the model has no step plan; the sampler must be compiled first")
+    if model.layout is not None or model.step_plan.slots or model.quant_plans or "solver" in model.step_plan.key:
+        raise RefusedError("distill: the model is quantized or its calls are cached already; put this pass first")
+    return model.step_plan
