@@ -50,8 +50,7 @@ def fold_patiently(
 
     The maxima of all queries stay what they are until a score, times the scale, is beyond one of them by more than
     PATIENCE; weights are at most 2**(SHIFT + PATIENCE). So most blocks correct nothing, which saves a multiplication
-    for every number of the accumulator. Maxima are whole
-    numbers here too. Every block must show each query a key.
+    for every number of the accumulator. Maxima are whole numbers here too. Every block must show each query a key.
 
     Returns:
         The weights of the block; the accumulator (queries, channels); the maximum; the total of the weights.
