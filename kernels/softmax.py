@@ -56,7 +56,8 @@ def fold_patiently(
         The weights of the block; the accumulator (queries, channels); the maximum; the total of the weights.
     """
     peak = tl.max(scores, 1) * scale
-    if tl.max(peak - maximum, 0) > PATIENCE:
+    beyond = tl.reshape(peak - maximum, [peak.shape[0]], can_reorder=True)  # else Triton 3.7 fails on sm_100
+    if tl.max(beyond, 0) > PATIENCE:
         higher = tl.maximum(maximum, tl.ceil(peak))
         correction = tl.exp2(maximum - higher)
         accumulator *= correction[:, None]
