@@ -21,8 +21,8 @@ from kernels.quantize import (
     kernel_architecture,
     load_rows,
     load_vector,
-    modulated_launch,
     quantize_reference,
+    row_launch,
     row_sum,
     store_rows,
 )
@@ -90,7 +90,7 @@ def _adaln(
     eps: tl.tensor,
     out: tl.tensor,
     out_scale: tl.tensor,
-    tokens: tl.tensor,
+    rows: tl.tensor,
     channels: tl.tensor,
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -98,12 +98,12 @@ def _adaln(
     REST: tl.constexpr,
 ) -> None:
     sample = tl.program_id(1)
-    x += sample.to(tl.int64) * tokens * channels
-    out += sample.to(tl.int64) * tokens * channels
+    x += sample.to(tl.int64) * rows * channels
+    out += sample.to(tl.int64) * rows * channels
     if LIMIT > 0.0:
-        out_scale += sample * tokens
+        out_scale += sample * rows
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head, rest = load_rows(x, row, tokens, channels, channels, HEAD, REST)
+    head, rest = load_rows(x, row, rows, channels, channels, HEAD, REST)
     mean = (row_sum(head, rest, REST) / channels)[:, None]
     head = tl.where((tl.arange(0, HEAD) < channels)[None, :], head - mean, 0.0)
     rest = rest - mean
@@ -112,7 +112,7 @@ def _adaln(
     offset, more_offset = load_vector(shift + sample.to(tl.int64) * shift_stride, channels, HEAD, REST)
     head = head * inverse * (1.0 + factor) + offset
     rest = rest * inverse * (1.0 + more_factor) + more_offset
-    store_rows(head, rest, out, out_scale, row, tokens, channels, LIMIT, HEAD, REST)
+    store_rows(head, rest, out, out_scale, row, rows, channels, LIMIT, HEAD, REST)
 
 
 def _launch(
@@ -133,7 +133,7 @@ def _launch(
         "scale_stride": scale.stride(0),
         "eps": eps,
     }
-    return modulated_launch(_adaln, arguments, out, out_scale, kind, architecture)
+    return row_launch(_adaln, arguments, out, out_scale, kind, architecture, len(x))
 
 
 def _case(architecture: str, channels: int, kind: Kind | None) -> Launch:

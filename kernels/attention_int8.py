@@ -34,8 +34,7 @@ _PATIENCE = 8.0
 """A weight is at most two to this power, see `kernels.softmax.fold_patiently`; float16 holds 65504."""
 
 CONFIGURATIONS = {
-    "default": Configuration(warps=8, stages=3, blocks={"BLOCK_QUERIES": 128, "BLOCK_KEYS": 64}),
-    "sm_90": Configuration(warps=4, stages=3, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}),
+    "default": Configuration(warps=4, stages=3, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 64}),
     INTERPRETER: Configuration(warps=4, blocks={"BLOCK_QUERIES": 64, "BLOCK_KEYS": 32}),
 }
 

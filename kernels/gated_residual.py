@@ -10,7 +10,7 @@ from kernels.language import jit, tl
 from kernels.launch import Argument, Launch
 from kernels.machine_code import Case
 from kernels.modulation import check_modulation
-from kernels.quantize import kernel_architecture, load_rows, load_vector, modulated_launch, store_rows
+from kernels.quantize import kernel_architecture, load_rows, load_vector, row_launch, store_rows
 
 
 def gated_residual(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, *, mode: Mode | None = None) -> torch.Tensor:
@@ -52,7 +52,7 @@ def _gated_residual(
     gate_stride: tl.tensor,
     out: tl.tensor,
     out_scale: tl.tensor,
-    tokens: tl.tensor,
+    rows: tl.tensor,
     channels: tl.tensor,
     LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -60,14 +60,14 @@ def _gated_residual(
     REST: tl.constexpr,
 ) -> None:
     sample = tl.program_id(1)
-    before = sample.to(tl.int64) * tokens * channels
+    before = sample.to(tl.int64) * rows * channels
     x, y, out = x + before, y + before, out + before
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head, rest = load_rows(x, row, tokens, channels, channels, HEAD, REST)
-    branch, rest_of_branch = load_rows(y, row, tokens, channels, channels, HEAD, REST)
+    head, rest = load_rows(x, row, rows, channels, channels, HEAD, REST)
+    branch, rest_of_branch = load_rows(y, row, rows, channels, channels, HEAD, REST)
     factor, more = load_vector(gate + sample.to(tl.int64) * gate_stride, channels, HEAD, REST)
     head, rest = head + branch * factor, rest + rest_of_branch * more
-    store_rows(head, rest, out, out_scale, row, tokens, channels, LIMIT, HEAD, REST)
+    store_rows(head, rest, out, out_scale, row, rows, channels, LIMIT, HEAD, REST)
 
 
 def _launch(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, out: torch.Tensor, architecture: str) -> Launch:
@@ -77,7 +77,7 @@ def _launch(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, out: torch.Ten
         "y": y,
         "gate_stride": gate.stride(0),
     }
-    return modulated_launch(_gated_residual, arguments, out, None, None, architecture)
+    return row_launch(_gated_residual, arguments, out, None, None, architecture, len(x))
 
 
 def _case(architecture: str) -> Launch:

@@ -43,6 +43,8 @@ STATE = {
     128: {
         "default": Configuration(warps=8, stages=2, blocks={"BLOCK_KEYS": 64}),
         "sm_80": Configuration(warps=8, stages=2, blocks={"BLOCK_KEYS": 32}),
+        "sm_86": Configuration(warps=8, stages=2, blocks={"BLOCK_KEYS": 32}),
+        "sm_89": Configuration(warps=8, stages=2, blocks={"BLOCK_KEYS": 32}),
         INTERPRETER: _SMALL,
     },
 }

@@ -221,6 +221,7 @@ def row_launch(
     scale: torch.Tensor | None,
     kind: Kind | None,
     architecture: str,
+    samples: int = 1,
 ) -> Launch:
     """The launch of a kernel that ends with `store_rows`: whole rows per program, two 16-byte loads a thread.
 
@@ -232,36 +233,10 @@ def row_launch(
         scale: (...,) where the output is rounded.
         kind: likewise.
         architecture: to run on.
+        samples: the second axis of the grid; `rows` are those of one sample, and no program takes rows of two.
     """
-    rows = out.numel() // out.shape[-1]
-    shared, configuration = _tiles(out, scale, kind, architecture)
-    programs = ceiling(rows, configuration.blocks["ROWS"])
-    return Launch(kernel, (programs,), {**arguments, **shared, "rows": rows}, configuration)
-
-
-def modulated_launch(
-    kernel: Kernel,
-    arguments: dict[str, Argument],
-    out: torch.Tensor,
-    scale: torch.Tensor | None,
-    kind: Kind | None,
-    architecture: str,
-) -> Launch:
-    """Likewise, of a kernel whose programs take rows of one sample each, since these share a modulation.
-
-    The kernel takes `tokens` in place of `rows`; out is (samples, tokens, channels).
-    """
-    samples, tokens = out.shape[:2]
-    shared, configuration = _tiles(out, scale, kind, architecture)
-    grid = (ceiling(tokens, configuration.blocks["ROWS"]), samples)
-    return Launch(kernel, grid, {**arguments, **shared, "tokens": tokens}, configuration)
-
-
-def _tiles(
-    out: torch.Tensor, scale: torch.Tensor | None, kind: Kind | None, architecture: str
-) -> tuple[dict[str, Argument], Configuration]:
-    """What all of them take, and their tiles."""
     channels = out.shape[-1]
+    rows = out.numel() // channels // samples
     head, rest = widths(channels, architecture)
     block = 2 * head if rest else head
     together = 2 if architecture == INTERPRETER else max(1, 4 * PER_WARP // block)
@@ -269,10 +244,12 @@ def _tiles(
     shared: dict[str, Argument] = {
         "out": out,
         "out_scale": scale,
+        "rows": rows,
         "channels": channels,
         "LIMIT": 0.0 if kind is None else LIMITS[kind],
     }
-    return shared, Configuration(warps=warps, blocks={"ROWS": together, "HEAD": head, "REST": rest})
+    configuration = Configuration(warps=warps, blocks={"ROWS": together, "HEAD": head, "REST": rest})
+    return Launch(kernel, (ceiling(rows, together), samples), {**arguments, **shared}, configuration)
 
 
 def widths(channels: int, architecture: str) -> tuple[int, int]:

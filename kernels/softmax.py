@@ -50,14 +50,14 @@ def fold_patiently(
 
     The maxima of all queries stay what they are until a score, times the scale, is beyond one of them by more than
     PATIENCE; weights are at most 2**(SHIFT + PATIENCE). So most blocks correct nothing, which saves a multiplication
-    for every number of the accumulator. Maxima are whole
-    numbers here too. Every block must show each query a key.
+    for every number of the accumulator. Maxima are whole numbers here too. Every block must show each query a key.
 
     Returns:
         The weights of the block; the accumulator (queries, channels); the maximum; the total of the weights.
     """
     peak = tl.max(scores, 1) * scale
-    if tl.max(peak - maximum, 0) > PATIENCE:
+    beyond = tl.reshape(peak - maximum, [peak.shape[0]], can_reorder=True)  # else Triton 3.7 fails on sm_100
+    if tl.max(beyond, 0) > PATIENCE:
         higher = tl.maximum(maximum, tl.ceil(peak))
         correction = tl.exp2(maximum - higher)
         accumulator *= correction[:, None]

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from kernels.launch import Configuration, Launch
 from kernels.machine_code import Case, MachineCode, assemble
 
 CASES = matrix.cases()
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 INSTALLED = importlib.util.find_spec("triton") is not None
 compiles = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 
@@ -104,6 +106,7 @@ def test_the_table_is_that_of_all_kernels() -> None:
     """Names alone are compared: `make kernels` writes both files anew."""
     record = json.loads(matrix.RECORD.read_text())
     rows = record["rows"]
+    assert f"triton=={record['triton']}" in CONSTRAINTS.read_text().splitlines(), "assembled by another Triton"
     assert [(row["case"], row["architecture"]) for row in rows] == [
         (name, architecture) for name in CASES for architecture in ARCHITECTURES
     ]

@@ -138,7 +138,7 @@ def test_kernel_and_definition_agree_with_float64(
         ("adaln", "rest = rest - mean", "rest = rest", of_adaln, {"channels": TWO}),
         ("adaln", "scale + sample.to(tl.int64) * scale_stride", "scale", of_adaln, {}),
         ("adaln", "shift_stride, channels", "channels, channels", of_adaln, {}),
-        ("adaln", "out_scale += sample * tokens", "out_scale += 0", of_adaln, {"kind": "int8"}),
+        ("adaln", "out_scale += sample * rows", "out_scale += 0", of_adaln, {"kind": "int8"}),
         ("rms_norm", "/ channels + eps", "/ channels", of_rms_norm, {}),
         ("rms_norm", "/ channels + eps", "/ HEAD + eps", of_rms_norm, {}),
         ("rms_norm", "head * inverse * factor", "head * inverse", of_rms_norm, {}),

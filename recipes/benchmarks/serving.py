@@ -60,13 +60,18 @@ class Server:
         return Answer(int(head.split()[1]), time.perf_counter() - began, after[1].decode() if after else "")
 
     async def sums(self) -> dict[str, float]:
-        """The sums of the server's own histograms, in seconds, and how many there are."""
+        """The server's own counters, and the sums of its histograms, in seconds, with how many there are."""
         _, body = await self._exchange("GET", "/metrics", b"")
-        found = re.findall(r"^(compress_\w+_(?:sum|count))\{[^}]*\} (\S+)$", body.decode(), re.MULTILINE)
+        found = re.findall(r"^(compress_\w+_(?:sum|count|total))(?:\{[^}]*\})? (\S+)$", body.decode(), re.MULTILINE)
         total: Counter[str] = Counter()
         for name, value in found:
             total[name] += float(value)  # type: ignore[assignment]
         return dict(total)
+
+    async def accepting(self, requests: int) -> None:
+        """Wait until as many have been accepted."""
+        while (await self.sums()).get("compress_requests_accepted_total", 0.0) < requests:
+            await asyncio.sleep(0.01)
 
     async def _exchange(self, method: str, path: str, body: bytes) -> tuple[bytes, bytes]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -214,13 +219,13 @@ async def ended(engine: Path, threads: int) -> dict[str, Any]:
     """SIGTERM with requests on their way; kill -9 likewise, and a new server at the same port."""
     async with started(engine, threads) as server:
         asked = [asyncio.create_task(server.ask(seed)) for seed in range(24)]
-        await asyncio.sleep(0.15)
+        await server.accepting(len(asked))
         server.process.send_signal(signal.SIGTERM)
         graceful = told(await asyncio.gather(*asked))
         code = await asyncio.to_thread(server.process.wait, 60)
     async with started(engine, threads) as server:
         asked = [asyncio.create_task(server.ask(seed)) for seed in range(24)]
-        await asyncio.sleep(0.15)
+        await server.accepting(len(asked))
         server.process.kill()
         killed = told(await asyncio.gather(*asked))
         port = server.port

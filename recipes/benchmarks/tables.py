@@ -167,7 +167,8 @@ def markdown() -> str:
             gpu_table(gpu),
             f"Evidence: {'; '.join(sorted(evidence))}; the last table ran ({gpu['device']}, {gpu['created'][:10]}), "
             "median times of single calls as CUDA graphs on cold caches, rounding of inputs included in attention; "
-            "`torch.compile` took no part. Times are medians of interleaved runs, from prompt to picture, one picture. "
+            "`torch.compile` took no part, and the floor of int8 is by `_int_mm`, which does not reach the card's. "
+            "Times are medians of interleaved runs, from prompt to picture, one picture. "
             "Quality is that of 512 held-out prompts; PSNR is against the original's pictures of the same seeds. "
             "Denoisers alone: times of the processor; NNCF, too, computes every layer in int8.",
         ]

@@ -42,7 +42,8 @@ def document(result: Row) -> str:
         "",
         f"Written by `python -m recipes.benchmarks.gpu.report`. Everything here `ran ({result['device']}, "
         f"{result['created'][:10]})` with {versions}. Times are medians in microseconds of single calls as CUDA graphs "
-        "on cold caches, if nothing else is said; the floor is what the measured ceilings allow (bf16 in attention); "
+        "on cold caches, if nothing else is said; the floor is what the measured ceilings allow (bf16 in attention; "
+        "of int8 that of `_int_mm`, which ours can pass); "
         "ratio is the time of the fastest peer over that of the fastest of ours.",
         "",
         *_ceilings(sections["ceilings"]["rows"]),
