@@ -12,12 +12,14 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from compress.errors import RefusedError
 from compress.families import CONTROLLED_UNET, FAMILIES, Family, Network
 from compress.model.checkpoint import Weights, inside, read_json, read_weights, refusing
 from compress.model.parts import TEXT_ENCODERS
 from compress.nearest import unknown
+from compress.pruning.structure import STRUCTURE_FILE, Structure
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ _LIMITS = {
     "num_hidden_layers": 512,
 }
 _MAX_RATIO = 2.0
+_MAX_CUT = 64.0
+"""Of a pruned network, parameters before for each one left: memory is taken for all of them."""
 
 
 @dataclass
 class Components:
-    """What a folder holds, in float32 and in evaluation mode."""
+    """What a folder holds, in float32 and in evaluation mode; `structures` of those that are pruned."""
 
     index: dict[str, Any]
     family: Family
@@ -97,6 +101,7 @@ class Components:
     tokenizers: dict[str, Any]
     scheduler_config: dict[str, Any]
     ignored: list[str] = field(default_factory=list)
+    structures: dict[str, Structure] = field(default_factory=dict)
 
 
 def load_components(root: Path) -> Components:
@@ -121,17 +126,19 @@ def load_components(root: Path) -> Components:
     unused = (*_UNUSED, *pipeline.unread)
     if left := sorted(set(classes) - {*read, *unused}):
         raise RefusedError(f"{root / 'model_index.json'}: {unknown(left[0], f'a component of {name}', read)}")
-    denoiser = _network(root, classes, family.part, pipeline.denoiser)
+    structures = {name: found for name in (family.part, "vae") if (found := _structure(root, name)) is not None}
+    denoiser = _network(root, classes, family.part, pipeline.denoiser, structures.get(family.part))
     family.check(denoiser)
     return Components(
         index=index,
         family=family,
         denoiser=denoiser,
-        vae=_network(root, classes, "vae", "AutoencoderKL"),
+        vae=_network(root, classes, "vae", "AutoencoderKL", structures.get("vae")),
         text_encoders={encoder: _network(root, classes, encoder, known) for encoder, known in encoders.items()},
         tokenizers={tokenizer: _tokenizer(root, tokenizer) for tokenizer in tokenizers},
         scheduler_config=_scheduler_config(root, classes),
         ignored=[component for component in unused if component in classes],
+        structures=structures,
     )
 
 
@@ -146,7 +153,19 @@ def _classes(root: Path, index: dict[str, Any]) -> dict[str, str]:
     return classes
 
 
-def _network(root: Path, classes: Mapping[str, str], name: str, class_name: str) -> Network:
+def _structure(root: Path, name: str) -> Structure | None:
+    """What was cut out of a network, where its configuration does not say it all."""
+    file = root / name / STRUCTURE_FILE
+    if not file.exists() and not file.is_symlink():
+        return None
+    content = read_json(root, f"{name}/{STRUCTURE_FILE}")
+    with refusing(f"{file} is no record of cuts"):
+        return Structure.from_dict(content)
+
+
+def _network(
+    root: Path, classes: Mapping[str, str], name: str, class_name: str, structure: Structure | None = None
+) -> Network:
     """Load one network: its class must be the one that is known, its weights those its configuration describes."""
     if classes[name] != class_name:
         raise RefusedError(
@@ -159,14 +178,26 @@ def _network(root: Path, classes: Mapping[str, str], name: str, class_name: str)
     weights = read_weights(root, name, "diffusion_pytorch_model" if ours else "model")
     with quiet(), refusing(f"{where} does not describe a {class_name}"), torch.device("meta"):
         empty = cls.from_config(config) if ours else cls(cls.config_class.from_dict(config))
+    whole = sum(tensor.numel() for tensor in empty.state_dict().values())
+    if structure is not None:
+        with refusing(f"{root / name / STRUCTURE_FILE} does not fit {where}"):
+            structure.apply(empty)
     described = sum(tensor.numel() for tensor in empty.state_dict().values())
     if not 1 / _MAX_RATIO <= described / max(1, weights.parameters) <= _MAX_RATIO:
         raise RefusedError(
             f"{where} describes {described} parameters, but {weights.files[0].name} holds {weights.parameters}: "
             "they are not of the same model"
         )
+    if whole > _MAX_CUT * max(1, described):
+        raise RefusedError(
+            f"{root / name / STRUCTURE_FILE} leaves {described} of the {whole} parameters that {where} describes; at "
+            f"least one in {_MAX_CUT:g} must be left"
+        )
     with quiet(), refusing(f"{root / name} cannot be loaded as {class_name}"):
-        network, info = _read(cls, root / name, ours, weights)
+        if structure is None:
+            network, info = _read(cls, root / name, ours, weights)
+        else:
+            network, info = _read_pruned(cls, config, structure, weights)
     _check_keys(weights.files[0], class_name, info)
     return network.float().eval().requires_grad_(False)
 
@@ -195,6 +226,27 @@ def _read(cls: Any, folder: Path, ours: bool, weights: Weights) -> tuple[Network
     if ours:
         return cls.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, **options)
     return cls.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def _read_pruned(
+    cls: Any, config: Mapping[str, Any], structure: Structure, weights: Weights
+) -> tuple[Network, Mapping[str, Any]]:
+    """Build what the configuration describes, cut it, and give it its weights; the findings are those of `_read`."""
+    network = cls.from_config(config)
+    structure.apply(network)
+    stored = {key: tensor for file in weights.files for key, tensor in load_file(file).items()}
+    own = network.state_dict()
+    common = own.keys() & stored.keys()
+    info = {
+        "missing_keys": own.keys() - common,
+        "unexpected_keys": stored.keys() - common,
+        "mismatched_keys": {
+            (key, stored[key].shape, own[key].shape) for key in common if stored[key].shape != own[key].shape
+        },
+    }
+    if not any(info.values()):
+        network.load_state_dict(stored, strict=True)
+    return network, info
 
 
 def _check_keys(file: Path, class_name: str, info: Mapping[str, Any]) -> None:
