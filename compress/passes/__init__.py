@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from compress.passes.base import Pass
 
 _CLASSES = {
+    "prune": "compress.passes.prune:Prune",
     "quantize": "compress.passes.quantize:Quantize",
     "solver": "compress.passes.solver:Solver",
     "cache": "compress.passes.cache:Cache",
