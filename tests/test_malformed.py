@@ -127,7 +127,7 @@ RECIPES: dict[str, tuple[bytes, int, str]] = {
             b"interval: 2}\n", b"interval: 2}\n  - quantize: {scheme: int8-w8a8}\n"
         ),
         2,
-        "the legal order is quantize < solver < cache < fuse",
+        "the legal order is prune < quantize < solver < cache < fuse",
     ),
     "steps of 0": (swap(b"steps: 6", b"steps: 0"), 2, "it must be at least 1"),
     "steps as text": (swap(b"steps: 6", b'steps: "6"'), 2, "the text '6', not an integer"),
