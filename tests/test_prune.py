@@ -361,39 +361,43 @@ passes:
 targets: [onnxruntime-cpu, openvino-cpu]
 shapes: {{batch: [1, 1, 4], height: 16, width: 16}}
 calibration: {{prompts: {prompts}, samples: 2}}
-evaluate: {{samples: 2, prompts: {held}, batch: 2, allow_slower: true}}
 out: {out}
 """
+EXAMINED = "evaluate: {{samples: 2, prompts: {held}, batch: 2, allow_slower: true}}\n"
 
 
-@pytest.mark.parametrize(
-    ("family", "scheduler", "last"),
-    [
-        ("unet", "DDIMScheduler", "cache: {cut: 1, interval: 2}"),
-        ("sd3", "FlowMatchEulerDiscreteScheduler", "solver: {calls: 3}"),
-    ],
-)
-def test_a_recipe_becomes_an_engine(
-    family: str, scheduler: str, last: str, tiny_folder: Folder, tmp_path: Path
-) -> None:
-    """Pruned, quantized, and cached or with fewer calls: both CPU targets, examined, smaller."""
-    prompts, held = tmp_path / "calibration.txt", tmp_path / "held.txt"
+def recipe(tiny_folder: Folder, tmp_path: Path, family: str, text: str, **names: str) -> Recipe:
+    prompts, held, file = tmp_path / "calibration.txt", tmp_path / "held.txt", tmp_path / "recipe.yaml"
     prompts.write_text("a red circle\na blue square\n")
     held.write_text("a green triangle\na yellow ring\n")
-    file, out = tmp_path / "recipe.yaml", tmp_path / "out" / "engine"
-    names = {"model": tiny_folder(family), "prompts": prompts, "held": held, "out": out}
-    file.write_text(RECIPE.format(scheduler=scheduler, last=last, **names))
-    outcome = compiler.run(Recipe.load(file), work_dir=tmp_path / "work")
-    assert outcome.engine == out
+    out = tmp_path / "out" / "engine"
+    file.write_text(text.format(model=tiny_folder(family), prompts=prompts, held=held, out=out, **names))
+    return Recipe.load(file)
+
+
+def test_a_recipe_becomes_an_examined_engine(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Pruned, quantized and cached, for both CPU targets; each pass has its row."""
+    names = {"scheduler": "DDIMScheduler", "last": "cache: {cut: 1, interval: 2}"}
+    made = recipe(tiny_folder, tmp_path, "unet", RECIPE + EXAMINED, **names)
+    outcome = compiler.run(made, work_dir=tmp_path / "work")
+    assert outcome.engine is not None
     assert outcome.report is not None
     assert {"prune", "quantize"} < outcome.report.edits.keys()
-    row = next(row for row in outcome.report.rows if row.metric == "latent_psnr_db")
-    assert row.compressed is not None
-    assert set(row.per_pass) == {"prune", "quantize", last.partition(":")[0]}
-    passes = read_manifest(out).provenance["passes"]
-    (said,) = [entry for entry in passes if "units_removed" in entry]
+    row = outcome.report.row("latent_psnr_db")
+    assert row is not None
+    assert row.engine is not None
+    assert set(row.per_pass) == {"prune", "quantize", "cache"}
+    (said,) = [entry for entry in read_manifest(outcome.engine).provenance["passes"] if "units_removed" in entry]
     assert said["parameters"][1] <= 0.85 * said["parameters"][0]
-    assert Engine.open(out, target="openvino-cpu").generate(prompts=["a red circle"], seeds=[1]).shape == (1, 16, 16, 3)
+
+
+def test_fewer_calls_are_fitted_to_what_is_left(tiny_folder: Folder, tmp_path: Path) -> None:
+    names = {"scheduler": "FlowMatchEulerDiscreteScheduler", "last": "solver: {calls: 3}"}
+    outcome = compiler.run(recipe(tiny_folder, tmp_path, "sd3", RECIPE, **names), work_dir=tmp_path / "work")
+    assert outcome.engine is not None
+    for name in ("onnxruntime-cpu", "openvino-cpu"):
+        pictures = Engine.open(outcome.engine, target=name).generate(prompts=["a red circle"], seeds=[1])
+        assert pictures.shape == (1, 16, 16, 3)
 
 
 @pytest.mark.parametrize("family", tiny.PIPELINES)

@@ -14,7 +14,7 @@ from compress.pruning.configuration import expressed
 STRUCTURE_FILE = "structure.json"
 """Beside the weights of a network that its config.json alone does not describe."""
 FORMAT = 1
-_MOST_CUTS = 100_000
+_MOST_CUTS = 10_000
 _MOST_UNITS = 1_000_000
 
 
