@@ -413,5 +413,8 @@ def test_fused_modules_are_exact_after_it(family: str, tiny_folder: Folder) -> N
 def test_graphs_compute_what_pytorch_does(family: str, tiny_folder: Folder) -> None:
     model = applied(sampled(tiny_folder(family)), Prune(size_ratio=0.9, importance="magnitude", multiple=2))
     (segment,) = model.segments()
-    example, check = (model.family.example_inputs(model.denoiser, batch, tiny.SIDE, tiny.SIDE, 5) for batch in (2, 3))
-    export_module(segment.module, example, model.family.dynamic_axes(), segment.outputs, check, name="denoiser")
+    family, axes = model.family, model.family.dynamic_axes()
+    example = family.example_inputs(model.denoiser, 2, tiny.SIDE, tiny.SIDE, 5)
+    check = family.example_inputs(model.denoiser, 3, tiny.SIDE + 4, tiny.SIDE + 4, 7)
+    own = {name: axes[name] for name in example}
+    export_module(segment.module, example, own, segment.outputs, check, name="denoiser")
