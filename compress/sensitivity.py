@@ -36,7 +36,8 @@ def sensitivities(model: LatentDiffusion, layers: Collection[str], context: Pass
         layers: linear or convolution, of the denoiser.
         context: gives prompts and seed, and hears of progress.
     """
-    calls, shape = _calls(model, context)
+    calls, latents = network_calls(model, context, SAMPLES)
+    shape = latents.shape
     plan = model.step_plan
     denoiser = model.denoiser
     modules: dict[str, Any] = {name: denoiser.get_submodule(name) for name in layers}
@@ -100,8 +101,10 @@ class _Adjoint:
         self.latents[at] += self.steps[at].input_scale * sum(gradient.split(len(self.latents[at])))
 
 
-def _calls(model: LatentDiffusion, context: PassContext) -> tuple[list[dict[str, np.ndarray]], tuple[int, ...]]:
-    """What the denoiser is given at each network call of one run of a few samples, and the shape of their latents.
+def network_calls(
+    model: LatentDiffusion, context: PassContext, samples: int
+) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+    """What the denoiser is given at each network call of one run of a few samples, and the latents they end in.
 
     Raises:
         PassError: the denoiser is cut, or a row of the plan runs it twice or on another size.
@@ -111,7 +114,7 @@ def _calls(model: LatentDiffusion, context: PassContext) -> tuple[list[dict[str,
     steps = floats.plan.steps
     given = {key for segment in floats.plan.segments.values() for key in segment.inputs}
     if set(whole.inputs) - given or any(s.guidance == "cfg_sequential" or s.level != 1.0 or s.span > 1 for s in steps):
-        raise PassError("a budget needs an uncut denoiser and one call a row: put quantize before cache")
+        raise PassError("differentiating needs an uncut denoiser and one call a row: put cache after this pass")
     functions, found = dict(floats.functions), list[dict[str, np.ndarray]]()
     inner = functions[whole.name]
 
@@ -120,10 +123,10 @@ def _calls(model: LatentDiffusion, context: PassContext) -> tuple[list[dict[str,
         return inner(arrays)
 
     functions[whole.name] = watched
-    prompts = list(context.prompts[:SAMPLES])
+    prompts = list(context.prompts[:samples])
     seeds = [context.seed + at for at in range(len(prompts))]
     latents = floats.altered(functions=functions).sample(prompts, seeds, context.height, context.width)
-    return found, latents.shape
+    return found, latents
 
 
 def _watch(total: Tensor, at: Any) -> Any:

@@ -86,6 +86,12 @@ def test_paths_are_exact(name: str, cut: int, share: float, monkeypatch: pytest.
     assert (stale - original).abs().max() > 1e-4, "the slot has no effect, so the test above proves nothing"
 
 
+@pytest.mark.parametrize("cut", range(4))
+def test_a_unet_without_a_middle_block_is_cut_too(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MAKERS, "unet", lambda: tiny.unet(mid_block_type=None))
+    test_paths_are_exact("unet", cut, THREE, monkeypatch)
+
+
 @pytest.mark.parametrize("name", ["unet", "sdxl", "sd3", "flux"])
 def test_other_sizes_are_exact(name: str) -> None:
     """The segments take any batch, height, width and prompt length, as the original does."""

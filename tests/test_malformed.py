@@ -119,7 +119,7 @@ RECIPES: dict[str, tuple[bytes, int, str]] = {
     "an unknown pass": (
         swap(b"- cache:", b"- prun:"),
         2,
-        "'prun' is not a pass; known: distill, quantize, solver, cache, fuse",
+        "'prun' is not a pass; known: prune, distill, quantize, solver, cache, fuse",
     ),
     "passes as a mapping": (RECIPE.replace(b"  - ", b"  "), 2, "passes: is a mapping, not a list of passes"),
     "two passes in one item": (RECIPE.replace(b"  - cache", b"    cache"), 2, "passes[0]: is 2 keys, not one pass"),
@@ -131,7 +131,7 @@ RECIPES: dict[str, tuple[bytes, int, str]] = {
             b"interval: 2}\n", b"interval: 2}\n  - quantize: {scheme: int8-w8a8}\n"
         ),
         2,
-        "the legal order is distill < quantize < solver < cache < fuse",
+        "the legal order is prune < distill < quantize < solver < cache < fuse",
     ),
     "steps of 0": (swap(b"steps: 6", b"steps: 0"), 2, "it must be at least 1"),
     "steps as text": (swap(b"steps: 6", b'steps: "6"'), 2, "the text '6', not an integer"),

@@ -180,7 +180,7 @@ PLACES = {
     "a pass": (
         "  - cache:",
         "  - cash:",
-        ":9: passes[1].cash: 'cash' is not a pass; known: distill, quantize, solver, cache, fuse",
+        ":9: passes[1].cash: 'cash' is not a pass; known: prune, distill, quantize, solver, cache, fuse",
     ),
     "a field two lines down": (
         "      interval: 2",

@@ -125,7 +125,7 @@ class UNet(Family):
         blocks = {type(block).__name__ for block in (*denoiser.down_blocks, *denoiser.up_blocks)}
         if unknown := sorted(blocks.difference(_BLOCKS)):
             raise RefusedError(f"the UNet has blocks of type {unknown[0]}; supported are {', '.join(_BLOCKS)}")
-        if type(denoiser.mid_block).__name__ != "UNetMidBlock2DCrossAttn":
+        if type(denoiser.mid_block).__name__ not in ("UNetMidBlock2DCrossAttn", "NoneType"):
             raise RefusedError("the UNet's middle block is not UNetMidBlock2DCrossAttn, the only supported type")
 
     @override
@@ -151,7 +151,7 @@ class UNet(Family):
         return [
             Unit("time", ("timestep", *added), ("emb",), _time, ("time_embedding", "add_embedding")),
             *(_down_unit(i, layers) for i, layers in enumerate(down)),
-            Unit("mid", (f"skip_{last}", "emb", *_TEXT), ("mid",), _mid, ("mid_block",)),
+            _mid_unit(denoiser, f"skip_{last}"),
             *(_up_unit(i, layers, "mid" if i == last else f"up_{i + 1}") for i, layers in reversed([*enumerate(up)])),
             Unit("head", ("up_0",), (self.output,), _head, ("conv_norm_out", "conv_out")),
         ]
@@ -170,7 +170,8 @@ class UNet(Family):
     @override
     def sublayers(self, denoiser: Network) -> list[Sublayer]:
         kinds: dict[str, Kind] = {"attn1": "self_attention", "attn2": "cross_attention", "ff": "mlp"}
-        mid = [f"mid_block.attentions.{i}" for i in range(len(denoiser.mid_block.attentions))]
+        middle = getattr(denoiser.mid_block, "attentions", ())
+        mid = [f"mid_block.attentions.{i}" for i in range(len(middle))]
         down, up = (
             [layers.attention for layers in found if layers.attention is not None]
             for found in (down_layers(denoiser), reversed(_up_layers(denoiser)))
@@ -248,6 +249,13 @@ def _time(unet: Network, timestep: Tensor, *added: Tensor) -> tuple[Tensor, ...]
     text = named.pop("encoder_hidden_states", None)
     extra = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=named)
     return (emb if extra is None else emb + extra,)
+
+
+def _mid_unit(unet: Network, before: str) -> Unit:
+    """The middle block; where there is none, what it would be given."""
+    if unet.mid_block is None:
+        return Unit("mid", (before,), ("mid",), lambda _, hidden: (hidden.clone(),))
+    return Unit("mid", (before, "emb", *_TEXT), ("mid",), _mid, ("mid_block",))
 
 
 def _mid(unet: Network, hidden: Tensor, emb: Tensor, text: Tensor) -> tuple[Tensor, ...]:

@@ -130,7 +130,7 @@ def compare_parts(
 
     Args:
         original: uncut, in full precision.
-        compressed: the same networks with quantization plans.
+        compressed: the same networks with quantization plans; one that is pruned is compared with itself in float.
         inputs: part -> the inputs of some of its calls, as a `Recorder` on the original's functions kept them.
         dialect: of the target; what its lowering rounds is rounded.
 
@@ -147,9 +147,11 @@ def compare_parts(
     for part in order:
         if part not in compressed.quant_plans or part not in inputs:
             continue
+        changed = compressed.denoiser if part == "denoiser" else compressed.parts()[part].component
         reference = original.parts()[part]
         network = original.denoiser if part == "denoiser" else reference.component
-        changed = compressed.denoiser if part == "denoiser" else compressed.parts()[part].component
+        if _shapes(network) != _shapes(changed):
+            reference, network = compressed.parts()[part], changed
         rounded = fake_quantized(changed, compressed.quant_plans[part], dialect=dialect)
         calls = [{key: torch.from_numpy(np.array(value)) for key, value in call.items()} for call in inputs[part]]
 
@@ -163,6 +165,10 @@ def compare_parts(
 
         layers += compare_layers(network, rounded, run, f"{part}.").layers
     return LayerErrors(tuple(layers)) if layers else None
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def _run(run: Callable[[nn.Module], object], network: nn.Module, hooks: Sequence[Any]) -> None:

@@ -21,6 +21,7 @@ from compress.model.fitting import check_fit
 from compress.model.loader import Components, load_components, quiet
 from compress.model.parts import TEXT_ENCODERS, Part, T5Encoder, VaeDecoder, VaeEncoder
 from compress.model.tokenizers import portable
+from compress.pruning.structure import STRUCTURE_FILE, Structure
 from export.quant_plan import QuantPlan
 from export.runtime import LatentSpec, Runtime
 from export.step_plan import StepPlan
@@ -68,6 +69,7 @@ class LatentDiffusion:
         layout: how the denoiser is segmented; None is one segment.
         quant_plans: part -> which layers compute in integers; names are those of modules of the component.
         fusions: module path in the denoiser -> the pattern it is fused by, see `compress.fusion`.
+        structures: component -> what was cut out of the network that its configuration describes.
         provenance: what was done to the model, oldest first.
     """
 
@@ -84,6 +86,7 @@ class LatentDiffusion:
     layout: Layout | None = None
     quant_plans: dict[str, QuantPlan] = field(default_factory=dict)
     fusions: dict[str, str] = field(default_factory=dict)
+    structures: dict[str, Structure] = field(default_factory=dict)
     provenance: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -157,6 +160,8 @@ class LatentDiffusion:
         for name, network in sorted(self._networks().items()):
             config = network.config.to_dict() if name in self.text_encoders else dict(network.config)
             digest.update(_canonical({name: _stable(config)}))
+            if name in self.structures:
+                digest.update(self.structures[name].to_json().encode())
             for key, tensor in sorted(network.state_dict().items()):
                 digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.contiguous().cpu().numpy().data)
@@ -220,7 +225,9 @@ class LatentDiffusion:
         return model
 
     def save(self, folder: Path, without: Collection[str] = ()) -> None:
-        """Write a standard diffusers folder plus `compress.json`; `load` gives the same model back, bit for bit.
+        """Write a diffusers folder plus `compress.json`, and `structure.json` where a configuration cannot say it all.
+
+        `load` gives the same model back, bit for bit.
 
         Args:
             folder: made where it is not there.
@@ -237,6 +244,9 @@ class LatentDiffusion:
             for name, component in (self._networks() | self.tokenizers).items():
                 if name not in without:
                     component.save_pretrained(folder / name)
+        for name, structure in self.structures.items():
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / STRUCTURE_FILE).write_text(structure.to_json(), encoding="utf-8")
         (folder / "scheduler").mkdir(exist_ok=True)
         _write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler_config)
         self.save_plans(folder)
@@ -298,6 +308,7 @@ def load(path: str | Path) -> LatentDiffusion:
         tokenizers=components.tokenizers,
         scheduler_config=components.scheduler_config,
         conditioning=conditioning,
+        structures=components.structures,
         provenance=[{"loaded": root.name, "ignored": components.ignored}],
     )
     if (root / STATE_FILE).exists():

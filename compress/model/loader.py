@@ -12,6 +12,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors.torch import load_file
+from torch import Tensor
 
 from compress.errors import RefusedError
 from compress.families import CONTROLLED_UNET, FAMILIES, Family, Network
@@ -19,6 +21,7 @@ from compress.model.checkpoint import Weights, inside, read_json, read_weights, 
 from compress.model.parts import TEXT_ENCODERS
 from compress.model.quantized_checkpoint import read
 from compress.nearest import unknown
+from compress.pruning.structure import STRUCTURE_FILE, Structure
 from export.quant_plan import LayerQuant
 
 
@@ -85,11 +88,13 @@ _LIMITS = {
     "num_hidden_layers": 512,
 }
 _MAX_RATIO = 2.0
+_MAX_CUT = 64.0
+"""Of a pruned network, parameters before for each one left: memory is taken for all of them."""
 
 
 @dataclass
 class Components:
-    """What a folder holds, in float32 and in evaluation mode."""
+    """What a folder holds, in float32 and in evaluation mode; `structures` of those that are pruned."""
 
     index: dict[str, Any]
     family: Family
@@ -101,6 +106,7 @@ class Components:
     ignored: list[str] = field(default_factory=list)
     layers: Mapping[str, LayerQuant] = field(default_factory=dict)
     """Of the denoiser, those that are stored in few bits."""
+    structures: dict[str, Structure] = field(default_factory=dict)
 
 
 def load_components(root: Path) -> Components:
@@ -125,18 +131,20 @@ def load_components(root: Path) -> Components:
     unused = (*_UNUSED, *pipeline.unread)
     if left := sorted(set(classes) - {*read, *unused}):
         raise RefusedError(f"{root / 'model_index.json'}: {unknown(left[0], f'a component of {name}', read)}")
-    denoiser, layers = _denoiser(root, classes, family.part, pipeline.denoiser)
+    structures = {name: found for name in (family.part, "vae") if (found := _structure(root, name)) is not None}
+    denoiser, layers = _denoiser(root, classes, family.part, pipeline.denoiser, structures.get(family.part))
     family.check(denoiser)
     return Components(
         index=index,
         family=family,
         denoiser=denoiser,
-        vae=_network(root, classes, "vae", "AutoencoderKL"),
+        vae=_network(root, classes, "vae", "AutoencoderKL", structures.get("vae")),
         text_encoders={encoder: _network(root, classes, encoder, known) for encoder, known in encoders.items()},
         tokenizers={tokenizer: _tokenizer(root, tokenizer) for tokenizer in tokenizers},
         scheduler_config=_scheduler_config(root, classes),
         ignored=[component for component in unused if component in classes],
         layers=layers,
+        structures=structures,
     )
 
 
@@ -151,25 +159,60 @@ def _classes(root: Path, index: dict[str, Any]) -> dict[str, str]:
     return classes
 
 
+def _structure(root: Path, name: str) -> Structure | None:
+    """What was cut out of a network, where its configuration does not say it all."""
+    file = root / name / STRUCTURE_FILE
+    if not file.exists() and not file.is_symlink():
+        return None
+    content = read_json(root, f"{name}/{STRUCTURE_FILE}")
+    with refusing(f"{file} is no record of cuts"):
+        return Structure.from_dict(content)
+
+
 def _denoiser(
-    root: Path, classes: Mapping[str, str], name: str, class_name: str
+    root: Path, classes: Mapping[str, str], name: str, class_name: str, structure: Structure | None
 ) -> tuple[Network, Mapping[str, LayerQuant]]:
     """Load the denoiser, and those of its layers that are stored in few bits."""
     config, where = read_json(root, f"{name}/config.json"), root / name / "config.json"
     quantization = config.pop("quantization_config", None)
     if quantization is None:
-        return _network(root, classes, name, class_name), {}
+        return _network(root, classes, name, class_name, structure), {}
     _check_class(root, classes, name, class_name)
     _check_config(config, where, class_name)
     weights = read_weights(root, name, "diffusion_pytorch_model")
     cls: Any = getattr(diffusers, class_name)
-    with quiet(), refusing(f"{where} does not describe a {class_name}"), torch.device("meta"):
-        described = cls.from_config(config).state_dict()
+    described = _described(root, name, cls, config, structure)
     tensors, layers = read(described, quantization, weights, where)
     with quiet():
         network: Network = cls.from_config(config)
+    if structure is not None:
+        structure.apply(network)
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False), layers
+
+
+def _described(
+    root: Path, name: str, cls: Any, config: dict[str, Any], structure: Structure | None
+) -> dict[str, Tensor]:
+    """The tensors, without memory, of the network that a configuration and a record of cuts describe."""
+    where, cuts = root / name / "config.json", root / name / STRUCTURE_FILE
+    with quiet(), refusing(f"{where} does not describe a {cls.__name__}"), torch.device("meta"):
+        empty = cls(cls.config_class.from_dict(config)) if cls.__name__ in TEXT_ENCODERS else cls.from_config(config)
+    whole = _parameters(empty.state_dict())
+    if structure is not None:
+        with refusing(f"{cuts} does not fit {where}"):
+            structure.apply(empty)
+    described: dict[str, Tensor] = empty.state_dict()
+    if whole > _MAX_CUT * max(1, _parameters(described)):
+        raise RefusedError(
+            f"{cuts} leaves {_parameters(described)} of the {whole} parameters that {where} describes; at least one in "
+            f"{_MAX_CUT:g} must be left"
+        )
+    return described
+
+
+def _parameters(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _check_class(root: Path, classes: Mapping[str, str], name: str, class_name: str) -> None:
@@ -179,7 +222,9 @@ def _check_class(root: Path, classes: Mapping[str, str], name: str, class_name: 
         )
 
 
-def _network(root: Path, classes: Mapping[str, str], name: str, class_name: str) -> Network:
+def _network(
+    root: Path, classes: Mapping[str, str], name: str, class_name: str, structure: Structure | None = None
+) -> Network:
     """Load one network: its class must be the one that is known, its weights those its configuration describes."""
     _check_class(root, classes, name, class_name)
     config, where = read_json(root, f"{name}/config.json"), root / name / "config.json"
@@ -187,16 +232,17 @@ def _network(root: Path, classes: Mapping[str, str], name: str, class_name: str)
     ours = class_name not in TEXT_ENCODERS
     cls: Any = getattr(diffusers if ours else transformers, class_name)
     weights = read_weights(root, name, "diffusion_pytorch_model" if ours else "model")
-    with quiet(), refusing(f"{where} does not describe a {class_name}"), torch.device("meta"):
-        empty = cls.from_config(config) if ours else cls(cls.config_class.from_dict(config))
-    described = sum(tensor.numel() for tensor in empty.state_dict().values())
+    described = _parameters(_described(root, name, cls, config, structure))
     if not 1 / _MAX_RATIO <= described / max(1, weights.parameters) <= _MAX_RATIO:
         raise RefusedError(
             f"{where} describes {described} parameters, but {weights.files[0].name} holds {weights.parameters}: "
             "they are not of the same model"
         )
     with quiet(), refusing(f"{root / name} cannot be loaded as {class_name}"):
-        network, info = _read(cls, root / name, ours, weights)
+        if structure is None:
+            network, info = _read(cls, root / name, ours, weights)
+        else:
+            network, info = _read_pruned(cls, config, structure, weights)
     _check_keys(weights.files[0], class_name, info)
     return network.float().eval().requires_grad_(False)
 
@@ -225,6 +271,27 @@ def _read(cls: Any, folder: Path, ours: bool, weights: Weights) -> tuple[Network
     if ours:
         return cls.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, **options)
     return cls.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def _read_pruned(
+    cls: Any, config: Mapping[str, Any], structure: Structure, weights: Weights
+) -> tuple[Network, Mapping[str, Any]]:
+    """Build what the configuration describes, cut it, and give it its weights; the findings are those of `_read`."""
+    network = cls.from_config(config)
+    structure.apply(network)
+    stored = {key: tensor for file in weights.files for key, tensor in load_file(file).items()}
+    own = network.state_dict()
+    common = own.keys() & stored.keys()
+    info = {
+        "missing_keys": own.keys() - common,
+        "unexpected_keys": stored.keys() - common,
+        "mismatched_keys": {
+            (key, stored[key].shape, own[key].shape) for key in common if stored[key].shape != own[key].shape
+        },
+    }
+    if not any(info.values()):
+        network.load_state_dict(stored, strict=True)
+    return network, info
 
 
 def _check_keys(file: Path, class_name: str, info: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from compress.passes.base import Pass
 
 _CLASSES = {
+    "prune": "compress.passes.prune:Prune",
     "distill": "compress.passes.distill:Distill",
     "quantize": "compress.passes.quantize:Quantize",
     "solver": "compress.passes.solver:Solver",
