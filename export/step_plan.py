@@ -55,6 +55,8 @@ class StepPlan:
         prediction: what the network predicts (`epsilon`, `v_prediction`, `flow`, `sample`): for reports and oracles.
         key: what the plan was made for (model hash, sampler, network calls, guidance scale, ...).
         gate: what decides the gated rows.
+        once: segments that run before the first row, in order, and belong to no path: those that take `timestep`, or
+            what one of those gives, for all rows as one batch, the others once.
     """
 
     segments: Mapping[str, Segment]
@@ -66,6 +68,7 @@ class StepPlan:
     prediction: str = "epsilon"
     key: Mapping[str, Any] = field(default_factory=dict)
     gate: Gate | None = None
+    once: tuple[str, ...] = ()
 
     @property
     def network_calls(self) -> int:
@@ -140,6 +143,7 @@ class StepPlan:
                 prediction=plan_json.name(raw.pop("prediction")),
                 key=dict(raw.pop("key")),
                 gate=plan_json.gate(raw.pop("gate", None)),
+                once=plan_json.names(raw.pop("once", [])),
                 **raw,
             )
             plan.validate()
