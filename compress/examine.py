@@ -478,6 +478,7 @@ def _report(subject: Subject, manifest: Manifest, table: Sequence[Row], judged: 
         environment=environment(),
         evidence=dict.fromkeys(manifest.targets, BUILT),
         plan=Plan.of(plan),
+        folded=str(manifest.provenance["folded"]),
         rows=tuple(table),
         target=picked,
     )

@@ -67,6 +67,7 @@ def publish(
             files={RECIPE: recipe.to_yaml()},
             provenance={"recipe": recipe.to_dict(), "passes": compressed.provenance},
             golden_prompts=_golden_prompts(recipe),
+            fold=recipe.fold,
             store=store,
             progress=progress,
         )

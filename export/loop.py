@@ -100,6 +100,7 @@ class Loop:
         on_step: OnStep | None = None,
         size: tuple[int, int] | None = None,
         revise: Revise | None = None,
+        by_row: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Run all rows.
 
@@ -114,6 +115,7 @@ class Loop:
                 were computed for some samples alone are left out there.
             size: height and width of the latent at level 1; None where no row has another level.
             revise: see `Revise`.
+            by_row: tensors (rows, halves * samples, ...) that were computed for all rows beforehand, see `export.once`.
 
         Returns:
             The latents after the last row.
@@ -129,6 +131,7 @@ class Loop:
             self._latent_input,
             self._timestep_rank,
             self._timestep_dtype,
+            by_row or {},
         )
         self.fallbacks = network.fallbacks
         state = _State(self._plan.history(), first)

@@ -58,6 +58,7 @@ class Network:
         latent_input: str,
         timestep_rank: int,
         timestep_dtype: np.dtype,
+        by_row: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         """Prepare one run.
 
@@ -71,6 +72,7 @@ class Network:
             latent_input: the segment input that takes the latent.
             timestep_rank: 1 feeds `timestep` as (batch,), 0 as a scalar.
             timestep_dtype: of `timestep`.
+            by_row: tensors (rows, halves * samples, ...) that were computed for all rows beforehand.
         """
         samples = shape[0]
         self.fallbacks: list[Fallback] = []
@@ -89,6 +91,10 @@ class Network:
         self._gate = GateState(plan.gate, samples) if gated and plan.gate is not None else None
         self._watched = "" if plan.gate is None else plan.gate.tensor
         self._batch = np.empty((2 * samples, *shape[1:]), np.float32)
+        halves_of = {"both": slice(None), "conditional": slice(-samples, None), "unconditional": slice(samples)}
+        self._by_row = {
+            kind: {name: value[:, own] for name, value in by_row.items()} for kind, own in halves_of.items()
+        }
 
     def resized(self, shape: tuple[int, ...]) -> None:
         """The latent has another shape from here on."""
@@ -139,7 +145,7 @@ class Network:
         parts = []
         opened: Tensors = {}
         for kind in _PARTS[row.halves]:
-            tensors = self._inputs(row, kind)
+            tensors = self._inputs(at, row, kind)
             self._through(row, calls, row.late, tensors, found, kind)
             if row.writes:
                 self._memory.store(row.writes, tensors, kind, at, row, opened)
@@ -153,7 +159,7 @@ class Network:
         parts = []
         opened: Tensors = {}
         for kind in _PARTS[row.halves]:
-            tensors = self._inputs(row, kind)
+            tensors = self._inputs(at, row, kind)
             self._through(row, row.full, (), tensors, NOTHING, kind)
             self._memory.store(row.fills, tensors, kind, at, row, opened)
             parts.append(tensors)
@@ -171,7 +177,7 @@ class Network:
         kinds = _PARTS[row.halves]
         parts = []
         for kind in kinds:
-            tensors = self._inputs(row, kind)
+            tensors = self._inputs(at, row, kind)
             self._through(row, row.calls[: row.watched], (), tensors, NOTHING, kind)
             parts.append(tensors)
         values, full = self._gate.judge(self._halves(parts, row, self._watched))
@@ -223,6 +229,8 @@ class Network:
         for kind in _PARTS[row.halves]:
             size = self._size(kind)
             tensors = self._tiled(kind, count)
+            for name, value in self._by_row[kind].items():
+                tensors[name] = value[at : at + count].reshape(count * size, *value.shape[2:])
             times = self._times[: count * size]
             for place, each in enumerate(rows):
                 times[place * size : (place + 1) * size] = each.step.t
@@ -308,12 +316,13 @@ class Network:
             return value[: self._samples], value[self._samples :]
         return tuple(tensors[name] for tensors in parts)
 
-    def _inputs(self, row: Row, kind: str) -> Tensors:
+    def _inputs(self, at: int, row: Row, kind: str) -> Tensors:
         """What is given to the segments from outside; the latent must have been scaled before."""
         size = self._size(kind)
         times = self._times[:size]
         times[...] = row.step.t
         tensors = dict(self._conditions[kind])
+        tensors.update((name, value[at]) for name, value in self._by_row[kind].items())
         tensors[self._latent_input] = self._batch[:size]
         tensors["timestep"] = times if self._timestep_rank else times[0]
         return tensors

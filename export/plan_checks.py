@@ -23,6 +23,7 @@ def check(plan: StepPlan, conditioning: Sequence[str] | None, latent_input: str)
         StepPlanError: one sentence with the row and the cause.
     """
     _check_names(plan)
+    _check_once(plan, latent_input)
     _check_slots(plan)
     for row, step in enumerate(plan.steps):
         _check_step(plan, row, step)
@@ -88,6 +89,21 @@ def _check_names(plan: StepPlan) -> None:
     for name, segments in plan.paths.items():
         if plan.segments[segments[-1]].outputs[-1] != plan.output:
             raise StepPlanError(f"path {name!r} does not end in the network output {plan.output!r}")
+
+
+def _check_once(plan: StepPlan, latent_input: str) -> None:
+    looped = {name for path in plan.paths.values() for name in path}
+    if unknown := sorted({*plan.once} - plan.segments.keys()):
+        raise StepPlanError(f"the unknown segment {unknown[0]!r} is to run before the first step")
+    for at, name in enumerate(plan.once):
+        if name in looped or name in plan.once[:at]:
+            raise StepPlanError(
+                f"segment {name!r} runs before the first step, so no path may name it, nor `once` twice"
+            )
+        later = {tensor for other in (*looped, *plan.once[at:]) for tensor in plan.segments[other].outputs}
+        for tensor in plan.segments[name].inputs:
+            if tensor == latent_input or tensor in later:
+                raise StepPlanError(f"segment {name!r} runs before the first step, but takes {tensor!r}")
 
 
 def _check_slots(plan: StepPlan) -> None:
@@ -158,7 +174,7 @@ def _check_reads(plan: StepPlan, row: int, origin: Origin, conditioning: Sequenc
             raise StepPlanError(f"{where} reads {len(alphas)} values of slot {name!r}, which holds {held}")
     if conditioning is None or any(plan.slots[name].kind == "output" for name in step.read):
         return
-    known = set(conditioning)
+    known = {*conditioning, *(tensor for name in plan.once for tensor in plan.segments[name].outputs)}
     readable = {plan.slots[name].tensor for name in step.read}
     for segment in plan.paths[step.path]:
         for tensor in plan.segments[segment].inputs:

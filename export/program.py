@@ -179,7 +179,7 @@ def _joined(plan: StepPlan, calls: tuple[Call, ...], writes: tuple[Write, ...], 
 def _fillable(plan: StepPlan) -> list[str]:
     """The slots whose tensor the full path computes, from a base that it knows."""
     produced = {tensor for segment in plan.segments.values() for tensor in segment.outputs}
-    computed = {tensor for name in plan.paths[plan.full_path] for tensor in plan.segments[name].outputs}
+    computed = {tensor for name in (*plan.once, *plan.paths[plan.full_path]) for tensor in plan.segments[name].outputs}
     return [
         name
         for name, slot in plan.slots.items()

@@ -21,7 +21,7 @@ from export.weights import store_float16
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["DIALECTS", "HALVED", "SCOPES", "Dialect", "Lowered", "LoweringError", "lower", "require_all"]
+__all__ = ["DIALECTS", "HALVED", "SCOPES", "Dialect", "Lowered", "LoweringError", "lower", "require_all", "scopes_of"]
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Node metadata the exporter writes: the module names from the outermost inwards, then the node's own name."""
@@ -99,7 +99,7 @@ def lower(
     planned = {f"{prefix}{name}": name for name in plan.layers}
     attentions = {f"{prefix}{name}": name for name in plan.attentions if chosen.attention}
     for node in list(model.graph.node):
-        scopes = _scopes(node)
+        scopes = scopes_of(node)
         present.update(planned[scope] for scope in scopes if scope in planned)
         owner = scopes[-2] if len(scopes) > 1 else ""
         if owner in attentions and scores.is_one(node):
@@ -168,7 +168,8 @@ def _some(names: set[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _scopes(node: onnx.NodeProto) -> list[str]:
+def scopes_of(node: onnx.NodeProto) -> list[str]:
+    """The module names in the metadata of a node, from the outermost inwards, then its own name, where it has any."""
     for entry in node.metadata_props:
         if entry.key == SCOPES:
             return [str(scope) for scope in ast.literal_eval(entry.value)]

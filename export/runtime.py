@@ -13,6 +13,7 @@ import numpy as np
 from export import conditioning as text
 from export.loop import Draw, Inpainting, Joined, Loop, OnStep, PartFunction, Revise, Row, WholeLoop, look_up, noised
 from export.noise import INITIAL, noise
+from export.once import prepare, run_all
 from export.picture import from_pictures, to_pictures
 from export.resample import RISE, fits, level_size
 from export.slots import Slots
@@ -107,7 +108,7 @@ class Runtime:
         inputs = {name for segment in plan.segments.values() for name in segment.inputs}
         if self.latent_input not in inputs:
             raise RuntimeInputError(f"no segment of the plan takes the latent {self.latent_input!r}")
-        missing = sorted({name for path in plan.paths.values() for name in path} - set(functions))
+        missing = sorted({*plan.once, *(name for path in plan.paths.values() for name in path)} - set(functions))
         if missing:
             raise RuntimeInputError(f"there is no function for the segment {missing[0]!r}")
         produced = {name for segment in plan.segments.values() for name in segment.outputs}
@@ -230,10 +231,11 @@ class Runtime:
             _LOG.info("the loop runs row by row: rows are watched, revised or painted into")
         if whole is not None:
             return whole.run(first, halves, drawn)
+        given, by_row = prepare(plan, self.functions, halves, samples, self._timestep_dtype)
         slots = self._idle_slots.pop() if self._idle_slots else Slots(plan.slots)
         loop = Loop(plan, rows, self.latent_input, self._timestep_rank, self._timestep_dtype, slots)
         try:
-            return loop.run(first, halves, drawn, keep, _shifted(on_step, start), size, _shifted(revise, start))
+            return loop.run(first, given, drawn, keep, _shifted(on_step, start), size, _shifted(revise, start), by_row)
         finally:
             self.fallbacks += len(loop.fallbacks)
             self._idle_slots.append(slots)
@@ -275,8 +277,10 @@ class Runtime:
             raise RuntimeInputError(f"t must be one number or {samples} of them, not of shape {times.shape}")
         if not self._timestep_rank and times.ndim:
             raise RuntimeInputError("this denoiser takes one timestep for the whole batch")
+        self._check_times(times)
         tensors = {**cond, self.latent_input: latents}
         tensors["timestep"] = np.array(np.broadcast_to(times, (samples,))) if self._timestep_rank else times
+        tensors = run_all(self.plan, self.functions, self.plan.once, tensors)
         computed: dict[str, np.ndarray] = {}
         for name in self.plan.paths[self.plan.full_path]:
             segment = self.plan.segments[name]
@@ -323,6 +327,18 @@ class Runtime:
         if name not in self.functions:
             raise RuntimeInputError(f"this model has no {name}")
         return self.functions[name]
+
+    def _check_times(self, times: np.ndarray) -> None:
+        """What runs before the first row may know the timesteps of the plan alone."""
+        if not any("timestep" in self.plan.segments[name].inputs for name in self.plan.once):
+            return
+        known = np.unique(np.array([step.t for step in self.plan.steps], self._timestep_dtype))
+        if not np.isin(times, known).all():
+            shown = ", ".join(f"{t:g}" for t in known[::-1])
+            raise RuntimeInputError(
+                f"t must be a timestep of the plan ({shown}), of which this engine holds a table; build it with "
+                "`fold: false` to ask for others"
+            )
 
     def _start(self, strength: float | None, start_step: int | None, image: np.ndarray | None) -> int:
         if strength is not None and start_step is not None:

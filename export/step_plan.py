@@ -59,6 +59,8 @@ class StepPlan:
         key: what the plan was made for (model hash, sampler, network calls, guidance scale, ...).
         gate: what decides the gated rows.
         contract: what the weights were distilled for; None where any sampler will do.
+        once: segments that run before the first row, in order, and belong to no path: those that take `timestep`, or
+            what one of those gives, for all rows as one batch, the others once.
     """
 
     segments: Mapping[str, Segment]
@@ -71,6 +73,7 @@ class StepPlan:
     key: Mapping[str, Any] = field(default_factory=dict)
     gate: Gate | None = None
     contract: Contract | None = None
+    once: tuple[str, ...] = ()
 
     @property
     def network_calls(self) -> int:
@@ -146,6 +149,7 @@ class StepPlan:
                 key=dict(raw.pop("key")),
                 gate=plan_json.gate(raw.pop("gate", None)),
                 contract=contracts.read(raw.pop("contract", None)),
+                once=plan_json.names(raw.pop("once", [])),
                 **raw,
             )
             plan.validate()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from export import conditioning as text
 from export.backends import available, backend, holds_machine_code
 from export.engine import Engine
 from export.errors import EngineError, ExportError
+from export.fold import Folding
 from export.manifest import STEP_PLAN, Golden, Manifest, TargetEntry
 from export.qdq import DIALECTS, Lowered, LoweringError, lower, require_all
 from export.quant_plan import QuantPlan
@@ -95,6 +96,7 @@ def export_engine(
     files: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
     golden_prompts: Sequence[Any] = (),
+    fold: bool = False,
     store: Store | None = None,
     progress: Progress = silent,
 ) -> Manifest:
@@ -111,6 +113,8 @@ def export_engine(
         files: further texts to put in, by path (the recipe).
         provenance: for the manifest.
         golden_prompts: whose latents, with seeds 0, 1, ..., are kept to verify the engine later.
+        fold: what depends on no latent is taken out of the loop where the targets allow, see `export.fold`; the engine
+            then runs this plan, and no other.
         store: keeps the float graphs by content, so that a killed or edited run need not export them again.
         progress: receives what is done.
 
@@ -127,6 +131,8 @@ def export_engine(
     plan = model.step_plan
     folder.mkdir(parents=True, exist_ok=True)
     jobs = list(jobs_of(model, shapes))
+    hindrance = unfoldable(targets) if fold else "not asked for"
+    folding = Folding(plan) if hindrance is None else None
     dialects = sorted(
         {row.dialect for row in targets if not row.machine_code}, key=lambda name: (name != "onnxruntime", name)
     )
@@ -136,24 +142,30 @@ def export_engine(
     builders = {row.name: EngineBuilder(row, sizes, folder) for row in targets if row.library}
     lowered: dict[tuple[str, str], Lowered] = {}
     pools: dict[str, dict[str, onnx.ModelProto]] = {}
-    for done, job in enumerate(jobs if dialects else ()):
-        progress("export", done, len(jobs))
-        for dialect, (graph, how) in _exported(model, job, dialects, store).items():
-            if how is not None and job.part in model.quant_plans:
-                lowered[job.function, dialect] = how
-            if dialect not in read:
-                widened = set() if how is None else how.widened
-                for builder in builders.values():
-                    progress(f"build for {builder.target.name}", done, len(jobs))
-                    builder.build(job.function, graph, widened, f"{job.folder}/{job.file}")
-                continue
-            name = job.file if dialect == read[0] else f"{job.file}.{dialect}"
-            pools.setdefault(job.folder, {})[name] = graph
-            graphs[dialect][job.function] = f"{job.folder}/{name}.onnx"
-        for dialect in read:
-            graphs[dialect].setdefault(job.function, graphs[read[0]][job.function])
-    progress("export", len(jobs), len(jobs))
-    _require_all_lowered(model, jobs, lowered)
+    whole, jobs = jobs, [] if dialects else jobs
+    for done, segment in enumerate(whole if dialects else ()):
+        progress("export", done, len(whole))
+        for job, lowerings in _exported(model, segment, dialects, store, folding):
+            jobs.append(job)
+            for dialect, (graph, how) in lowerings.items():
+                if how is not None and job.part in model.quant_plans:
+                    lowered[job.function, dialect] = how
+                if dialect not in read:
+                    widened = set() if how is None else how.widened
+                    for builder in builders.values():
+                        progress(f"build for {builder.target.name}", done, len(whole))
+                        builder.build(job.function, graph, widened, f"{job.folder}/{job.file}")
+                    continue
+                name = job.file if dialect == read[0] else f"{job.file}.{dialect}"
+                pools.setdefault(job.folder, {})[name] = graph
+                graphs[dialect][job.function] = f"{job.folder}/{name}.onnx"
+            for dialect in read:
+                graphs[dialect].setdefault(job.function, graphs[read[0]][job.function])
+    progress("export", len(whole), len(whole))
+    if folding is not None:
+        plan = folding.plan()
+        plan.validate()
+    _require_all_lowered(model, jobs, lowered, set() if folding is None else folding.tabulated)
     for name, models in pools.items():
         write_pool(models, folder / name)
     paths = {}
@@ -184,7 +196,11 @@ def export_engine(
         targets={
             row.name: _target_entry(model, row, paths[row.name], built.get(row.name, {}), jobs) for row in targets
         },
-        provenance={"model": model.hash(), **(provenance or {})},
+        provenance={
+            "model": model.hash(),
+            "folded": f"nothing: {hindrance}" if folding is None else folding.summary(),
+            **(provenance or {}),
+        },
     ).sealed(folder, run)
     manifest.write(folder)
     _prove_kernels(folder, manifest, jobs, lowered, progress)
@@ -371,12 +387,21 @@ def _axes(
     return axes
 
 
-def _exported(
-    model: LatentDiffusion, job: Job, dialects: Sequence[str], store: Store | None
-) -> dict[str, tuple[onnx.ModelProto, Lowered | None]]:
-    """Dialect -> the graph of one function, and how it was lowered.
+def unfoldable(targets: Sequence[Target]) -> str | None:
+    """Why nothing can be taken out of the loop for these targets; None where it can.
 
-    Of those that runtimes read, the first one alone where none differs from it; those in float16 always differ.
+    All targets of an engine run one plan, and only runtimes that read graphs run what is before its first row.
+    """
+    built = [row.name for row in targets if row.machine_code or row.library or row.page is not None]
+    return f"{built[0]} runs the segments of the denoiser as they are" if built else None
+
+
+def _exported(
+    model: LatentDiffusion, job: Job, dialects: Sequence[str], store: Store | None, folding: Folding | None
+) -> list[tuple[Job, dict[str, tuple[onnx.ModelProto, Lowered | None]]]]:
+    """The functions that become of a job, each with dialect -> its graph, and how it was lowered.
+
+    Of the dialects that runtimes read, the first one alone where none differs from it; those in float16 always differ.
 
     The weights go to the disk as the graph is exported, and those that are quantized come back one at a time.
     """
@@ -388,17 +413,24 @@ def _exported(
     differing = read if plan is not None and _computes(plan, read) else read[:1]
     differing += [dialect for dialect in dialects if DIALECTS[dialect].half]
 
-    def lower_all(folder: Path) -> dict[str, tuple[onnx.ModelProto, Lowered | None]]:
-        found: dict[str, tuple[onnx.ModelProto, Lowered | None]] = {}
-        for dialect in differing:
-            graph, how = onnx.load(folder / _GRAPH, load_external_data=False), None
-            if plan is None and not DIALECTS[dialect].half:
-                load_external_data_for_model(graph, str(folder))
-            else:
-                how = _lower(graph, plan or QuantPlan({}), job, dialect, folder)
-            strip_metadata(graph)
-            found[dialect] = graph, how
-        return found
+    def lower_one(source: onnx.ModelProto, dialect: str, folder: Path) -> tuple[onnx.ModelProto, Lowered | None]:
+        graph, how = onnx.ModelProto(), None
+        graph.CopyFrom(source)
+        if plan is None and not DIALECTS[dialect].half:
+            load_external_data_for_model(graph, str(folder))
+        else:
+            how = _lower(graph, plan or QuantPlan({}), job, dialect, folder)
+        strip_metadata(graph)
+        return graph, how
+
+    def lower_all(folder: Path) -> list[tuple[Job, dict[str, tuple[onnx.ModelProto, Lowered | None]]]]:
+        source = onnx.load(folder / _GRAPH, load_external_data=False)
+        pieces = [(job, source)]
+        if folding is not None and job.part == "denoiser":
+            pieces = _divided(job, source, folder, folding)
+        return [
+            (piece, {dialect: lower_one(graph, dialect, folder) for dialect in differing}) for piece, graph in pieces
+        ]
 
     if store is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -415,6 +447,28 @@ def _exported(
         "opset": OPSET,
     }
     return store.fetch(inputs, lambda folder: _write_float_graph(job, folder), lower_all)
+
+
+def _divided(job: Job, source: onnx.ModelProto, folder: Path, folding: Folding) -> list[tuple[Job, onnx.ModelProto]]:
+    sizes = [{key: tensor.numpy() for key, tensor in inputs.items()} for inputs in (job.example, job.check)]
+    try:
+        pieces = folding.divide(job.function, source, folder, sizes)
+    except ExportError as error:
+        raise PassError(str(error)) from error
+    found = []
+    for piece in pieces:
+        check = {key: torch.from_numpy(array) for key, array in piece.check.items()}
+        divided = replace(
+            job,
+            function=piece.name,
+            file=job.file + piece.name.removeprefix(job.function),
+            inputs=piece.segment.inputs,
+            outputs=piece.segment.outputs,
+            example=check,
+            check=check,
+        )
+        found.append((divided, piece.graph))
+    return found
 
 
 def _write_float_graph(job: Job, folder: Path) -> None:
@@ -453,10 +507,16 @@ def _computes(plan: QuantPlan, dialects: Sequence[str]) -> bool:
 
 
 def _require_all_lowered(
-    model: LatentDiffusion, jobs: Sequence[Job], lowered: Mapping[tuple[str, str], Lowered]
+    model: LatentDiffusion,
+    jobs: Sequence[Job],
+    lowered: Mapping[tuple[str, str], Lowered],
+    tabulated: Collection[str],
 ) -> None:
-    """Every layer of every plan must be in some graph, in each dialect that has graphs of its own."""
-    for part, plan in model.quant_plans.items():
+    """Every layer of every plan must be in some graph, in each dialect that has graphs of its own, or in a table."""
+    for part, whole in model.quant_plans.items():
+        prefix = next(job.module.prefix for job in jobs if job.part == part)
+        left = {name: layer for name, layer in whole.layers.items() if f"{prefix}.{name}" not in tabulated}
+        plan = replace(whole, layers=left)
         functions = {job.function for job in jobs if job.part == part}
         for dialect in {key[1] for key in lowered if key[0] in functions}:
             try:

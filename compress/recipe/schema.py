@@ -253,6 +253,8 @@ class Recipe(BaseModel):
 
     Relative paths are taken from the current folder if they exist there, else from the recipe's folder
     (`Recipe.locate`); the fields keep them as they were written, so that equal recipes are equal everywhere.
+
+    `fold` computes what depends on no latent before the loop, see `export.fold`, where the targets allow.
     """
 
     model_config = CONFIG
@@ -262,6 +264,7 @@ class Recipe(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     sampler: Sampler
     passes: tuple[InstanceOf[Pass], ...] = ()
+    fold: bool = True
     targets: Annotated[
         tuple[Annotated[str, _one_of("a target", target_names)], ...],
         Field(min_length=1),

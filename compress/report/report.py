@@ -270,6 +270,7 @@ class Report(_Plain):
     environment: dict[str, str]
     evidence: dict[str, str]
     plan: Plan
+    folded: str = ""
     rows: tuple[Row, ...]
     target: str
     latency: tuple[Latency, ...] = ()
