@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.engine.export_engine import checked_shapes
+from compress.engine.jobs import checked_shapes
 from compress.engine.swap import swap_in, temporary_beside
 from compress.errors import RefusedError
 from compress.estimate import Estimate, estimate

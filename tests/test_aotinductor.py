@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.cli import main
-from compress.engine.export_engine import Job, export_engine, jobs_of
+from compress.engine.export_engine import export_engine
+from compress.engine.jobs import Job, jobs_of
 from compress.engine.packages import trace_functions
 from compress.model.latent_diffusion import load
 from compress.passes.base import PassContext

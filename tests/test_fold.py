@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.engine.export_engine import export_engine, jobs_of, unfoldable
+from compress.engine.export_engine import export_engine, unfoldable
+from compress.engine.jobs import jobs_of
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.store import Store
 from export.engine import Engine, relative_error

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.engine.export_engine import _axes
+from compress.engine.jobs import _axes
 from compress.families import FAMILIES
 from export.to_onnx import export_module
 from tests import tiny

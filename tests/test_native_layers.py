@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from compress.engine.export_engine import _execution, jobs_of
+from compress.engine.export_engine import _execution
+from compress.engine.jobs import jobs_of
 from compress.engine.packages import trace_functions
 from compress.model.latent_diffusion import load
 from compress.quantization.fake_quantize import fake_quantized, round_layer

@@ -13,7 +13,8 @@ import pytest
 
 from compress.cli import main
 from compress.compiler import run
-from compress.engine.export_engine import export_engine, profiles
+from compress.engine.export_engine import export_engine
+from compress.engine.jobs import profiles
 from compress.errors import RecipeError, RefusedError
 from compress.inspect import take_stock
 from compress.measure.size import engine_size

@@ -16,7 +16,8 @@ import pytest
 
 from compress.cli import main
 from compress.compiler import targets_of
-from compress.engine.export_engine import GOLDEN_TOLERANCE, export_engine
+from compress.engine.export_engine import export_engine
+from compress.engine.proof import GOLDEN_TOLERANCE
 from compress.errors import RecipeError
 from compress.inspect import stock_of_engine
 from compress.measure.size import engine_size

@@ -15,7 +15,7 @@ from export.target import Target
 from export.to_aotinductor import Program, build_package, trace_module
 
 if TYPE_CHECKING:
-    from compress.engine.export_engine import Job
+    from compress.engine.jobs import Job
     from compress.model.latent_diffusion import LatentDiffusion
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -19,7 +19,7 @@ from compress.errors import RefusedError
 from compress.families import CONTROLLED_UNET, FAMILIES, Family, Network
 from compress.model.checkpoint import Weights, inside, read_json, read_weights, refusing
 from compress.model.parts import TEXT_ENCODERS
-from compress.model.quantized_checkpoint import read
+from compress.model.quantized_weights import read
 from compress.nearest import unknown
 from compress.pruning.structure import STRUCTURE_FILE, Structure
 from export.quant_plan import LayerQuant
