@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from compress.engine.export_engine import export_engine
 from compress.measure import baselines, localise, memory, quality, size, verdict
+from compress.measure.beforehand import Beforehand
 from compress.measure.clip_score import ClipScorer
 from compress.measure.environment import BUILT, SIMULATED, environment, ran
 from compress.measure.latency import Contestant, interleave
@@ -413,12 +414,13 @@ def _localised(
     progress("where error enters", 1, 2)
     compressed = subject.compressed.runtime(True, dialect)
     exported = _reference_runtime(subject, picked)
+    unfolded = Beforehand(exported.plan, exported.functions)
     graphs = {}
     for before, after, title in (
-        (compressed, exported, "exported"),
-        (exported, _opened(subject.folder, picked, 1), picked),
+        (compressed, unfolded.functions(), "exported"),
+        (exported, _opened(subject.folder, picked, 1).functions, picked),
     ):
-        shadow = localise.Shadow(before.functions, after.functions)
+        shadow = localise.Shadow(before.functions, after)
         before.altered(functions=shadow.functions).generate(few.texts, list(few.seeds), few.height, few.width)
         graphs[title] = shadow.outputs
     progress("where error enters", 2, 2)
@@ -439,15 +441,18 @@ def _localised(
     worst = blamed[0].name if blamed else None
     ranked = () if layers is None else layers.ranked(10)
     if stage == "exported" and blamed:
-        worst = _lowered_layer(subject, picked, compressed, blamed[0].name.partition(":")[0], few) or worst
+        function = blamed[0].name.partition(":")[0]
+        worst = _lowered_layer(subject, picked, compressed, unfolded, function, few) or worst
     return Localisation(handovers=found, stage=stage, layer=worst, layers=ranked, graphs=graphs)
 
 
-def _lowered_layer(subject: Subject, picked: str, compressed: Runtime, function: str, few: Workload) -> str | None:
+def _lowered_layer(
+    subject: Subject, picked: str, compressed: Runtime, unfolded: Beforehand, function: str, few: Workload
+) -> str | None:
     """Name the layer at which the lowered graph of a function departs from PyTorch; None where none is quantized."""
     if holds_machine_code(read_manifest(subject.folder).targets[picked].backend):
         return None
-    recorder = localise.Recorder(compressed.functions)
+    recorder = localise.Recorder(compressed.functions, unfolded.fill)
     compressed.altered(functions=recorder.functions).generate(few.texts, list(few.seeds), few.height, few.width)
     module = subject.compressed.modules(True, _dialect(subject, picked))[function]
     graph = subject.folder / read_manifest(subject.folder).targets[picked].graphs[function]

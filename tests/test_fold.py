@@ -12,6 +12,8 @@ import pytest
 
 from compress.engine.export_engine import export_engine, unfoldable
 from compress.engine.jobs import jobs_of
+from compress.measure.beforehand import Beforehand
+from compress.measure.localise import Shadow
 from compress.model.latent_diffusion import LatentDiffusion, load
 from compress.store import Store
 from export.engine import Engine, relative_error
@@ -23,6 +25,7 @@ from tests import tiny_engine as toy
 FAMILIES = ["unet", "sdxl", "dit", "pixart", "sd3", "flux"]
 TARGETS = ["onnxruntime-cpu", "openvino-cpu"]
 TOLERANCE = 1e-5
+EXACT_DB = 90.0
 
 
 @pytest.fixture
@@ -130,6 +133,11 @@ def test_a_cut_denoiser_is_folded_too(
         assert relative_error(results[1], results[0]) <= TOLERANCE
         assert folded.runtime.fallbacks == 0
     assert weights(folders[1]) < weights(folders[0])
+    shadow = Shadow(plain.runtime.functions, Beforehand(folded.plan, folded.runtime.functions).functions())
+    noise = np.random.default_rng(0).standard_normal(results[0].shape).astype(np.float32)
+    plain.runtime.altered(functions=shadow.functions).sample(given, noise=noise, negative_prompts=negative)
+    assert {layer.name.partition(":")[0] for layer in shadow.outputs} == set(plain.plan.segments)
+    assert shadow.outputs[0].local_db > EXACT_DB
 
 
 def test_spans_of_calls(

@@ -24,6 +24,8 @@ THRESHOLD_DB = 30.0
 """A layer whose output, given the same input, has less signal-to-noise than this is pointed out: int8 layers of a
 healthy network lie between 33 and 50 dB, and a weight scale that is ten times too coarse leaves 28."""
 
+Fill = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
 _KEPT = 65536
 
 
@@ -258,12 +260,13 @@ class Recorder:
 
     Args:
         functions: by name, as a runtime takes them.
+        fill: makes what is kept of a function's name and its inputs; every call is shown to it.
         limit: calls kept per function; once there are more, every second one is forgotten, so those kept are spread
             over the whole run.
     """
 
-    def __init__(self, functions: Mapping[str, PartFunction], limit: int = 4) -> None:
-        self._limit = limit
+    def __init__(self, functions: Mapping[str, PartFunction], fill: Fill | None = None, limit: int = 4) -> None:
+        self._fill, self._limit = fill, limit
         self._stride: dict[str, int] = {}
         self._seen: dict[str, int] = {}
         self.inputs: dict[str, list[dict[str, np.ndarray]]] = {}
@@ -273,7 +276,7 @@ class Recorder:
 
     def _recorded(self, name: str, function: PartFunction) -> PartFunction:
         def call(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            self._keep(name, arrays)
+            self._keep(name, arrays if self._fill is None else self._fill(name, arrays))
             return function(arrays)
 
         return call
