@@ -27,7 +27,7 @@ from torch import Tensor
 from kernels.attention import attention_by_vendor
 from kernels.capability import INTERPRETER
 from kernels.dispatch import Mode, choose
-from kernels.heads import check_heads, output_for, store_tile, strides, unfit
+from kernels.heads import check_heads, output_for, score_count, store_tile, strides, unfit
 from kernels.language import ceiling, jit, tl
 from kernels.launch import Configuration, Launch, configuration_for
 from kernels.machine_code import Case
@@ -139,7 +139,7 @@ def attention_fp8_reference(query: Tensor, key: Tensor, value: Tensor, *, scale:
 def attention_fp8(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, mode: Mode | None = None
 ) -> Tensor:
-    """Attend to all keys by products in e4m3; where the kernel cannot run on a GPU, by the vendor's in full precision.
+    """Attend to all keys by products in e4m3; where a GPU cannot run the kernel, or is faster without, by the vendor's.
 
     Args:
         query: (batch, heads, queries, channels), float16 or bfloat16.
@@ -163,6 +163,7 @@ def attention_fp8(
         needs=("fp8",),
         unfit=unfit(query),
         vendor=True,
+        work=score_count(query, key),
         mode=mode,
     )
     if choice.implementation == "reference":

@@ -102,7 +102,7 @@ def attention_int8_reference(query: Tensor, key: Tensor, value: Tensor, *, scale
 def attention_int8(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, mode: Mode | None = None
 ) -> Tensor:
-    """Attend to all keys by scores in int8; where the kernel cannot run on a GPU, by the vendor's in full precision.
+    """Attend to all keys by scores in int8; where a GPU cannot run the kernel, or is faster without, by the vendor's.
 
     Args:
         query: (batch, heads, queries, channels), float16 or bfloat16.

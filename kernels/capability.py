@@ -28,6 +28,8 @@ class Capability:
         warp_specialization: whether splitting a kernel's warps into loading and computing ones compiles without
             spilling; elsewhere Triton 3.9 spills hundreds of values.
         vendor: operation -> why the vendor's library is taken for it.
+        vendor_below: operation -> the amount of work below which the vendor's library is taken, and why; of attention
+            the scores, batch x heads x queries x keys.
     """
 
     architecture: str
@@ -35,6 +37,7 @@ class Capability:
     products: Mapping[Format, str]
     warp_specialization: bool = False
     vendor: Mapping[str, str] = field(default_factory=dict)
+    vendor_below: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
 
 _AMPERE: dict[Format, str] = {"float": "HMMA", "int8": "IMMA"}
@@ -55,7 +58,15 @@ CAPABILITIES: dict[str, Capability] = {
                 "attention": "on an H200 cuDNN's bf16 attention took 0.75 to 0.9 of the time of our kernel",
                 "cross_attention": "on an H200 cuDNN's attention took as long as our kernel at 64 channels, and 0.55 "
                 "of its time at 128",
+                "attention_int8": "on an H200 cuDNN's bf16 attention took 0.61 to 0.92 of the time of int8 scores",
                 "gemm_fp8": "on an H200 torch._scaled_mm (cuBLASLt) took 0.6 of the time of our product",
+            },
+            vendor_below={
+                "attention_fp8": (
+                    2**29,
+                    "on an H200 cuDNN's bf16 attention took 0.68 to 0.96 of the time of fp8 with up to 5.1e8 scores, "
+                    "and 1.14 and 1.41 times as long with 8.7e8 and 7.4e9",
+                ),
             },
         ),
         # Without an instruction for int8, Triton widens the operands: it compiles, and is slow.

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from kernels.capability import CAPABILITIES, INTERPRETER, Format, architecture_of, lacking
+from kernels.capability import CAPABILITIES, INTERPRETER, Capability, Format, architecture_of, lacking
 from kernels.errors import KernelError
 from kernels.language import INSTALLED, INTERPRETED
 
@@ -48,6 +48,7 @@ def choose(
     needs: Sequence[Format] = (),
     unfit: str | None = None,
     vendor: bool = False,
+    work: int = 0,
     mode: Mode | None = None,
 ) -> Choice:
     """Choose how one call runs; the choice is logged once, with its reason.
@@ -60,9 +61,10 @@ def choose(
         needs: number formats that the architecture must have.
         unfit: why this call does not fit the kernel whatever the architecture; None where it does.
         vendor: whether the vendor's library can do this very call.
-        mode: `auto` takes the vendor's library where `Capability.vendor` says so, else the kernel; where a GPU cannot
-            run the kernel, the vendor's library if it can do this call; else plain torch. The others insist. None asks
-            the environment variable LATENT_KERNELS, or else is `auto`.
+        work: of this call, in the unit of `Capability.vendor_below`; read where that has the operation.
+        mode: `auto` takes the vendor's library where `Capability.vendor` or `vendor_below` says so, else the kernel;
+            where a GPU cannot run the kernel, the vendor's library if it can do this call; else plain torch. The
+            others insist. None asks the environment variable LATENT_KERNELS, or else is `auto`.
 
     Raises:
         KernelError: the mode is unknown, or is `triton` where the kernel cannot run.
@@ -82,12 +84,18 @@ def choose(
         choice = Choice("vendor" if vendor and device.type == "cuda" else "reference", obstacle, architecture)
     elif architecture == INTERPRETER:
         choice = Choice("reference", "the interpreter only runs what is asked to be a kernel", architecture)
-    elif vendor and operation in CAPABILITIES[architecture].vendor:
-        choice = Choice("vendor", CAPABILITIES[architecture].vendor[operation], architecture)
+    elif vendor and (faster := _faster_vendor(CAPABILITIES[architecture], operation, work)) is not None:
+        choice = Choice("vendor", faster, architecture)
     else:
         choice = Choice("triton", f"{architecture} runs the kernel", architecture)
     _log(operation, str(device), str(dtype), tuple(shape), choice)
     return choice
+
+
+def _faster_vendor(row: Capability, operation: str, work: int) -> str | None:
+    """Why the vendor's library is faster at this call; None where it is not known to be."""
+    below, reason = row.vendor_below.get(operation, (0, ""))
+    return reason if work < below else row.vendor.get(operation)
 
 
 def _architecture(device: torch.device) -> tuple[str, str | None]:

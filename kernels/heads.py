@@ -69,6 +69,12 @@ def unfit(query: Tensor) -> str | None:
     return None
 
 
+def score_count(query: Tensor, key: Tensor) -> int:
+    """How many scores attention takes: batch x heads x queries x keys."""
+    batch, heads, queries, _ = query.shape
+    return batch * heads * queries * key.shape[2]
+
+
 def power_of_2(count: int) -> int:
     """The side of a tile that holds so many: a power of two, at least 16, which is what tensor cores multiply."""
     return max(16, 1 << (count - 1).bit_length())

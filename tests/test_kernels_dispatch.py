@@ -15,6 +15,7 @@ import torch
 from kernels import dispatch
 from kernels.capability import architecture_of
 from kernels.errors import KernelError
+from kernels.heads import score_count
 from kernels.interpreter import VERSIONS
 from tests.interpreted import InterpretedError, Interpreter
 
@@ -38,6 +39,19 @@ def test_the_vendor_is_taken_where_its_library_is_faster(monkeypatch: pytest.Mon
     )
     on(monkeypatch, "sm_89")
     assert dispatch.choose("attention", CPU, torch.bfloat16, (1, 2), vendor=True).implementation == "triton"
+
+
+def test_the_vendor_is_taken_while_there_is_little_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "sm_90")
+    taken = {}
+    for shape in ((1, 24, 4608, 128), (2, 24, 4250, 64), (1, 24, 17550, 128)):
+        query = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        choice = dispatch.choose(
+            "attention_fp8", CPU, query.dtype, shape, needs=("fp8",), vendor=True, work=score_count(query, query)
+        )
+        taken[shape[2]] = choice.implementation
+    assert taken == {4608: "vendor", 4250: "triton", 17550: "triton"}
+    assert dispatch.choose("attention_fp8", CPU, torch.bfloat16, shape, work=1).implementation == "triton"
 
 
 def test_what_the_architecture_lacks_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from kernels.attention_int8 import attention_int8
 from kernels.attention_two_segments import attention_two_segments
 from kernels.cross_attention import cross_attention
 from kernels.denoise_step import begin, denoise_step
+from kernels.dispatch import Mode
 from kernels.gated_residual import gated_residual
 from kernels.gelu import gelu, gelu_quantized
 from kernels.gemm_w4a16 import Int4Weights, gemm_w4a16
@@ -118,8 +119,11 @@ def _heads(bench: Bench) -> Iterator[Check]:
         q, k, v = (bench.randn(2, 3, tokens, channels, seed=s) for s, tokens in enumerate((133, 150, 150)))
         exact = functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
         yield f"attention {channels}", lambda q=q, k=k, v=v: attention(q, k, v), exact, BF16
-        yield f"attention_int8 {channels}", lambda q=q, k=k, v=v: attention_int8(q, k, v), exact, 3 * INT8
-        yield f"attention_fp8 {channels}", lambda q=q, k=k, v=v: attention_fp8(q, k, v), exact, 2 * FP8
+        mode: Mode | None = "triton" if q.is_cuda else None
+        in_int8 = lambda q=q, k=k, v=v, mode=mode: attention_int8(q, k, v, mode=mode)  # noqa: E731
+        in_fp8 = lambda q=q, k=k, v=v, mode=mode: attention_fp8(q, k, v, mode=mode)  # noqa: E731
+        yield f"attention_int8 {channels}", in_int8, exact, 3 * INT8
+        yield f"attention_fp8 {channels}", in_fp8, exact, 2 * FP8
         few = slice(0, 77)
         short = functional.scaled_dot_product_attention(q.double(), k[:, :, few].double(), v[:, :, few].double())
         call = lambda q=q, k=k[:, :, few], v=v[:, :, few]: cross_attention(q, k, v)  # noqa: E731

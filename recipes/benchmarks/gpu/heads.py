@@ -16,6 +16,7 @@ from kernels.attention_fp8 import attention_fp8
 from kernels.attention_int8 import attention_int8
 from kernels.attention_two_segments import attention_two_segments
 from kernels.cross_attention import cross_attention
+from kernels.dispatch import Mode
 from kernels.linear_attention import linear_attention
 from recipes.benchmarks.gpu.bench import Bar, Bench, Row, judged
 from recipes.benchmarks.gpu.shapes import SEQUENCES, TEXT, TINY_SEQUENCES, Tokens
@@ -40,11 +41,12 @@ def _own(bench: Bench, shape: Tokens) -> Iterator[Row]:
     q, k, v = _tensors(bench, shape, shape.tokens)
     truth = functional.scaled_dot_product_attention(q.float(), k.float(), v.float()) if shape.tokens <= _LONG else None
     promised = shape.tokens >= _LONG and shape.head >= _WIDE
+    mode: Mode | None = "triton" if q.is_cuda else None
     ours: dict[str, Callable[[], Any]] = {
-        "ours int8": lambda: attention_int8(q, k, v),
-        "ours fp8": lambda: attention_fp8(q, k, v),
+        "ours int8": lambda: attention_int8(q, k, v, mode=mode),
+        "ours fp8": lambda: attention_fp8(q, k, v, mode=mode),
         "ours": lambda: attention(q, k, v),
-        "ours, the kernel": lambda: attention(q, k, v, mode="triton" if q.is_cuda else None),
+        "ours, the kernel": lambda: attention(q, k, v, mode=mode),
     }
     contestants = {**ours, **_peers(q, k, v)}
     row = bench.contest("attention", shape.model, _said(shape), contestants, **_cost(shape, shape.tokens), truth=truth)
