@@ -41,7 +41,8 @@ def package_for_triton(
         target: the target that the server runs; None takes the fastest measured one, or else the first; with
             `backends` the first that the server has a back end for.
         name: of the model.
-        backends: the graphs are models of their own, which back ends of the server run, and the Python model calls.
+        backends: the graphs are models of their own, which back ends of the server run, and the Python model calls;
+            where our own runtime cannot open the target they are so in any case.
 
     Raises:
         EngineError: no engine, a damaged one, an unknown target, or one that runs where it was built alone.
@@ -50,7 +51,10 @@ def package_for_triton(
     """
     check_name(name)
     version = f"models/{name}/{VERSION}"
-    manifest = _one_target(read_manifest(folder), target, backends)
+    whole = read_manifest(folder)
+    asked = None if target is None else whole.targets.get(target)
+    backends = backends or (asked is not None and asked.backend in BACK_ENDS and asked.backend not in BACKENDS)
+    manifest = _one_target(whole, target, backends)
     (chosen, row), packages, modules = next(iter(manifest.targets.items())), list(RUNTIME), ["serve.triton_model"]
     files: dict[str, bytes] = {}
     if backends:

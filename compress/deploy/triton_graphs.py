@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ def graph_models(folder: Path, manifest: Manifest, target: str, name: str) -> tu
     for function, path in row.graphs.items():
         if function == UNUSED:
             continue
-        model = f"{name}-{re.sub('[^A-Za-z0-9_.-]', '-', function)}"
+        model = f"{name}-{function}"
         tensors = _tensors(folder, row, function)
         inputs, outputs = (
             [Tensor(key, dtype, tuple(dims)) for key, (dtype, dims) in tensors[side].items()]
