@@ -43,6 +43,7 @@ class Engine:
         target: str,
         threads: int | None,
         graphs: Mapping[str, LoadedGraph] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
@@ -56,7 +57,9 @@ class Engine:
                 {name: _Graph(partial(_given, graph)) for name, graph in graphs.items()}
                 if graphs is not None
                 else {
-                    name: _Graph(partial(_read, folder / path, row, name, threads, manifest.files[path].sha256))
+                    name: _Graph(
+                        partial(_read, folder / path, row, name, threads, manifest.files[path].sha256, options)
+                    )
                     for name, path in row.graphs.items()
                 }
             )
@@ -82,6 +85,7 @@ class Engine:
         *,
         trusted: bool = False,
         graphs: Mapping[str, LoadedGraph] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Engine:
         """Open an engine folder after verifying that it is whole.
 
@@ -97,6 +101,8 @@ class Engine:
             trusted: the user's word that the folder was made by somebody who may run programs here.
             graphs: the functions of the target, where somebody else runs them (a server its own models); those in the
                 folder are not loaded then.
+            options: of the backend for every function, over those of the engine, as `{"provider": "cuda"}` of ONNX
+                Runtime, see `OPTIONS` in the files of `export/backends`.
 
         Raises:
             EngineError: no engine, another schema version, a missing, changed or foreign file, an unknown target,
@@ -108,7 +114,7 @@ class Engine:
         manifest = read_manifest(folder)
         if graphs is not None and target is None:
             target = next(iter(manifest.targets))
-        return cls(folder, manifest, _choose(manifest, target, trusted), threads, graphs)
+        return cls(folder, manifest, _choose(manifest, target, trusted), threads, graphs, options)
 
     def generate(
         self,
@@ -302,11 +308,13 @@ def _given(graph: LoadedGraph) -> LoadedGraph:
     return graph
 
 
-def _read(path: Path, row: TargetEntry, name: str, threads: int | None, sha256: str) -> LoadedGraph:
+def _read(
+    path: Path, row: TargetEntry, name: str, threads: int | None, sha256: str, options: Mapping[str, Any] | None
+) -> LoadedGraph:
     """Load a graph of the folder; machine code is hashed again before it is."""
     if holds_machine_code(row.backend) and sha256_of(path) != sha256:
         raise EngineError(f"the engine is damaged: {path.name} was changed after the engine was opened")
-    return backend(row.backend).load(path, threads, row.options.get(name, {}))
+    return backend(row.backend).load(path, threads, {**row.options.get(name, {}), **(options or {})})
 
 
 def relative_error(values: np.ndarray, expected: np.ndarray) -> float:
