@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,15 @@ class Engine:
         runtime: executes the plan; for what the methods here do not offer.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, target: str, threads: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        target: str,
+        threads: int | None,
+        graphs: Mapping[str, LoadedGraph] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.target = target
@@ -43,19 +52,25 @@ class Engine:
         row = manifest.targets[target]
         with _one_sentence(), _sensible_manifest():
             self.plan = StepPlan.from_json((folder / STEP_PLAN).read_text(encoding="utf-8"))
-            graphs = {
-                name: _Graph(folder / path, row, name, threads, manifest.files[path].sha256)
-                for name, path in row.graphs.items()
-            }
-            self._graphs = graphs
-            timestep = self._load_segments(graphs)
+            self._backend = None if graphs is not None else backend(row.backend)
+            self._graphs = (
+                {name: _Graph(partial(_given, graph)) for name, graph in graphs.items()}
+                if graphs is not None
+                else {
+                    name: _Graph(
+                        partial(_read, folder / path, row, name, threads, manifest.files[path].sha256, options)
+                    )
+                    for name, path in row.graphs.items()
+                }
+            )
+            timestep = self._load_segments(self._graphs)
             self.runtime = Runtime(
                 self.plan,
-                graphs,
+                self._graphs,
                 manifest.conditioning,
                 _latent_spec(manifest),
                 {name: Tokenizer.open(folder / path) for name, path in manifest.tokenizers.items()},
-                joined=self._join_paths(graphs),
+                joined=self._join_paths(self._graphs),
                 whole_loop=self._whole_loop,
                 timestep_rank=len(timestep.shape),
                 timestep_dtype=timestep.dtype,
@@ -63,7 +78,14 @@ class Engine:
 
     @classmethod
     def open(
-        cls, folder: str | Path, target: str | None = None, threads: int | None = None, *, trusted: bool = False
+        cls,
+        folder: str | Path,
+        target: str | None = None,
+        threads: int | None = None,
+        *,
+        trusted: bool = False,
+        graphs: Mapping[str, LoadedGraph] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Engine:
         """Open an engine folder after verifying that it is whole.
 
@@ -77,6 +99,10 @@ class Engine:
                 where nothing was measured the first.
             threads: to compute with; None leaves the choice to the runtime.
             trusted: the user's word that the folder was made by somebody who may run programs here.
+            graphs: the functions of the target, where somebody else runs them (a server its own models); those in the
+                folder are not loaded then.
+            options: of the backend for every function, over those of the engine, as `{"provider": "cuda"}` of ONNX
+                Runtime, see `OPTIONS` in the files of `export/backends`.
 
         Raises:
             EngineError: no engine, another schema version, a missing, changed or foreign file, an unknown target,
@@ -86,7 +112,9 @@ class Engine:
             raise EngineError(f"threads must be at least 1, not {threads}")
         folder = Path(folder)
         manifest = read_manifest(folder)
-        return cls(folder, manifest, _choose(manifest, target, trusted), threads)
+        if graphs is not None and target is None:
+            target = next(iter(manifest.targets))
+        return cls(folder, manifest, _choose(manifest, target, trusted), threads, graphs, options)
 
     def generate(
         self,
@@ -231,21 +259,25 @@ class Engine:
     def _join_paths(self, graphs: Mapping[str, _Graph]) -> dict[str, Joined]:
         """Paths of several segments that the runtime would rather run as one graph."""
         slots = {name for slot in self.plan.slots.values() for name in (slot.tensor, slot.base)}
-        row, found = self.manifest.targets[self.target], {}
+        row, found = self.manifest.targets[self.target], dict[str, Joined]()
+        if self._backend is None:
+            return found
         for path, names in self.plan.paths.items():
             if len(names) < 2 or any(row.options.get(name) != row.options.get(names[0]) for name in names):
                 continue
             made = [tensor for name in names for tensor in self.plan.segments[name].outputs]
             outputs = tuple(tensor for tensor in made if tensor in slots or tensor == self.plan.output)
-            whole = backend(row.backend).joined([graphs[name].loaded() for name in names], outputs)
+            whole = self._backend.joined([graphs[name].loaded() for name in names], outputs)
             if whole is not None:
                 found[path] = Joined(whole, outputs)
         return found
 
     def _whole_loop(self, plan: StepPlan, latent_input: str, timestep_rank: int) -> WholeLoop | None:
         """The loop over this engine's segments that the runtime has of its own, if any."""
+        if self._backend is None:
+            return None
         loaded = {name: self._graphs[name].loaded() for name in plan.segments}
-        return backend(self.manifest.targets[self.target].backend).whole_loop(plan, loaded, latent_input, timestep_rank)
+        return self._backend.whole_loop(plan, loaded, latent_input, timestep_rank)
 
     def _size(self, name: str, asked: int | None) -> int:
         low, best, high = self.manifest.shapes[name]
@@ -255,26 +287,34 @@ class Engine:
 
 
 class _Graph:
-    """One function of the engine, loaded when first called; machine code is hashed again before it is."""
+    """One function of the engine, loaded when first called."""
 
-    def __init__(self, path: Path, row: TargetEntry, name: str, threads: int | None, sha256: str) -> None:
-        self._path, self._row, self._name, self._threads, self._sha256 = path, row, name, threads, sha256
+    def __init__(self, load: Callable[[], LoadedGraph]) -> None:
+        self._load = load
         self._lock = threading.Lock()
         self._loaded: LoadedGraph | None = None
 
     def loaded(self) -> LoadedGraph:
         with self._lock:
             if self._loaded is None:
-                if holds_machine_code(self._row.backend) and sha256_of(self._path) != self._sha256:
-                    raise EngineError(
-                        f"the engine is damaged: {self._path.name} was changed after the engine was opened"
-                    )
-                options = self._row.options.get(self._name, {})
-                self._loaded = backend(self._row.backend).load(self._path, self._threads, options)
+                self._loaded = self._load()
             return self._loaded
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return (self._loaded or self.loaded())(arrays)
+
+
+def _given(graph: LoadedGraph) -> LoadedGraph:
+    return graph
+
+
+def _read(
+    path: Path, row: TargetEntry, name: str, threads: int | None, sha256: str, options: Mapping[str, Any] | None
+) -> LoadedGraph:
+    """Load a graph of the folder; machine code is hashed again before it is."""
+    if holds_machine_code(row.backend) and sha256_of(path) != sha256:
+        raise EngineError(f"the engine is damaged: {path.name} was changed after the engine was opened")
+    return backend(row.backend).load(path, threads, {**row.options.get(name, {}), **(options or {})})
 
 
 def relative_error(values: np.ndarray, expected: np.ndarray) -> float:

@@ -129,8 +129,7 @@ class Batcher:
                 return []
             head = self._waiting[0]
             alike = [job for job in self._waiting if job.order.kind == head.order.kind]
-            sizes = self._hosted[head.order.engine].sizes_of(head.order)
-            batch = alike[: max(size for size in sizes if size <= len(alike))]
+            batch = alike[: self._hosted[head.order.engine].together(head.order, len(alike))]
             self._waiting = [job for job in self._waiting if job not in batch]
             self._drawing = len(batch)
             return batch

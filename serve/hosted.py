@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from export.engine import Engine
+from export.errors import EngineError
 from export.plan_rows import Step
 from export.preview import clean_estimate
 from serve.order import Order
@@ -41,6 +42,23 @@ class Hosted:
     def sizes_of(self, order: Order) -> tuple[int, ...]:
         """The sizes of batch in which such an order may be drawn."""
         return self.sizes if (order.height, order.width) == self._best else (1,)
+
+    def together(self, order: Order, count: int) -> int:
+        """How many of `count` such orders, one at least, are drawn as one batch."""
+        return max(size for size in self.sizes_of(order) if size <= count)
+
+    def check_side(self, name: str, asked: int) -> None:
+        """Refuse a `height` or `width` in pixels that the engine was not built for.
+
+        Raises:
+            EngineError: says what is allowed.
+        """
+        low, best, high = self.engine.manifest.shapes[name]
+        latent = self.engine.runtime.latent
+        multiple = latent.downscale * latent.multiple
+        if not low <= asked <= high or asked % multiple:
+            allowed = f"{best}" if low == high else f"from {low} to {high}, a multiple of {multiple}"
+            raise EngineError(f"this engine draws pictures of the {name} {allowed}, not {asked}")
 
     def rows(self, order: Order) -> int:
         """Network calls of an order."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from export.errors import EngineError
 from export.start import start_row
 from export.step_plan import StepPlanError
 from serve import pictures
@@ -127,13 +128,12 @@ def _intake(
 
 def _side(hosted: Hosted, name: str, asked: int | None, of_image: int | None) -> int:
     """Height or width in pixels: as asked, or that of the image, or the engine's own."""
-    low, best, high = hosted.engine.manifest.shapes[name]
+    best = hosted.engine.manifest.shapes[name][1]
     side = next((value for value in (asked, of_image) if value is not None), best)
-    latent = hosted.engine.runtime.latent
-    multiple = latent.downscale * latent.multiple
-    if not low <= side <= high or side % multiple:
-        allowed = f"{best}" if low == high else f"from {low} to {high}, a multiple of {multiple}"
-        raise Refusal(422, f"this engine draws pictures of the {name} {allowed}, not {side}", name)
+    try:
+        hosted.check_side(name, side)
+    except EngineError as error:
+        raise Refusal(422, str(error), name) from None
     if of_image not in (None, side):
         raise Refusal(422, f"the image has the {name} {of_image}, not {side}: resize it first", name)
     return side

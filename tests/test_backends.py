@@ -174,6 +174,28 @@ def test_a_damaged_graph_is_one_sentence(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there_is_refused(provider: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has it")
+    with pytest.raises(EngineError, match=r"has no \w+ExecutionProvider, .* pip install onnxruntime-gpu"):
+        backend("onnxruntime").load(affine(tmp_path), 1, {"provider": provider})
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_does_not_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime itself would go on without it, on the CPU."""
+    import onnxruntime
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(EngineError, match="could not start CUDAExecutionProvider"):
+        backend("onnxruntime").load(affine(tmp_path), 1, {"provider": "cuda"})
+
+
 @here
 def test_options_are_checked(name: str, tmp_path: Path) -> None:
     path = affine(tmp_path)

@@ -354,3 +354,10 @@ def test_a_model_without_a_plan_is_our_fault(tiny_folder: Callable[[str], Path],
 
     with pytest.raises(PassError, match="no step plan"):
         export_engine(load(tiny_folder("unet")), built_anywhere(), toy.SHAPES, tmp_path / "engine")
+
+
+def test_options_of_the_backend_are_handed_over(tiny_engine: Path, engine: Engine) -> None:
+    plain = Engine.open(tiny_engine, "onnxruntime-cpu", threads=1, options={"optimization": "none"})
+    assert relative_error(plain.sample(PROMPTS, [0, 1]), engine.sample(PROMPTS, [0, 1])) < 0.2
+    with pytest.raises(EngineError, match="the backend 'onnxruntime' has no option 'device'"):
+        Engine.open(tiny_engine, "onnxruntime-cpu", options={"device": "cuda"})

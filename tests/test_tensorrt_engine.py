@@ -94,10 +94,11 @@ def test_the_manifest_says_how_engines_were_built(built: tuple[Path, Manifest], 
     assert record["builder"] == f"TensorRT for RTX {trt.__version__}"
     assert record["architectures"] == list(ARCHITECTURES)
     assert record["options"] == {"weight_streaming": False, "version_compatible": False, "refit": False}
-    assert set(record["onnx_sha256"]) == set(record["layers"]) == set(record["profiles"])
+    assert set(record["onnx_sha256"]) == set(record["layers"]) == set(record["profiles"]) == set(record["tensors"])
     assert len(set(record["onnx_sha256"].values())) == len(record["onnx_sha256"])
     first = record["profiles"]["time-down_1"]
     assert first["sample"] == [[1, 4, 8, 8], [2, 4, 8, 8], [8, 4, 8, 8]], "both guidance halves"
+    assert record["tensors"]["time-down_1"]["inputs"]["sample"] == ["float32", [None, 4, 8, 8]]
     assert first["encoder_hidden_states"] == [[1, 12, 16], [2, 12, 16], [8, 12, 16]]
 
 

@@ -46,7 +46,7 @@ def package(folder: Path, out: Path, target: str | None = None) -> Packaged:
         EngineError: no engine, a damaged one, an unknown target, or one that runs where it was built alone.
         RefusedError: the archive cannot be written.
     """
-    manifest = _kept(read_manifest(folder), target)
+    manifest = kept(read_manifest(folder), target)
     backends = {row.backend for row in manifest.targets.values()}
     code = sources(["export.engine", "serve.__main__", *(BACKENDS[name].module for name in backends)])
     packages = (*RUNTIME, *SERVER, *(BACKENDS[name].package for name in backends))
@@ -66,8 +66,12 @@ def package(folder: Path, out: Path, target: str | None = None) -> Packaged:
     return Packaged(sha256, len(files) + 1, out.stat().st_size, manifest.engine_hash, tuple(manifest.targets))
 
 
-def _kept(manifest: Manifest, target: str | None) -> Manifest:
-    """The manifest of the files that are needed to run and to verify."""
+def kept(manifest: Manifest, target: str | None) -> Manifest:
+    """The manifest of the files that are needed to run and to verify, for one target or all that can be taken along.
+
+    Raises:
+        EngineError: an unknown target, or none that runs anywhere but where it was built.
+    """
     if target is not None and target not in manifest.targets:
         raise EngineError(f"the engine was not built for {target!r}, but for {', '.join(manifest.targets)}")
     targets = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ class EngineBuilder:
         self._folder = folder
         self._hashes: dict[str, str] = {}
         self._layers: dict[str, int] = {}
+        self._tensors: dict[str, dict[str, Any]] = {}
         self._widened: dict[str, list[str]] = {}
 
     def build(self, function: str, graph: onnx.ModelProto, widened: set[str], path: str) -> None:
@@ -66,12 +67,14 @@ class EngineBuilder:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(built.engine)
         self._layers[function] = built.layers
+        self._tensors[function] = {"inputs": _tensors(graph.graph.input), "outputs": _tensors(graph.graph.output)}
         if widened:
             self._widened[function] = sorted(widened)
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: builder, architectures and options, and by function the profile, the hash of the
-        graph it was built from, the layers of the parsed network, and those whose weights became float16.
+        graph it was built from, its inputs and outputs (name -> dtype and sizes, null where one varies), the layers of
+        the parsed network, and those whose weights became float16.
         """
         options = asdict(self.target.build)
         return {
@@ -83,9 +86,22 @@ class EngineBuilder:
                 for name in self.graphs
             },
             "onnx_sha256": self._hashes,
+            "tensors": self._tensors,
             "layers": self._layers,
             "float16": self._widened,
         }
+
+
+def _tensors(values: Iterable[onnx.ValueInfoProto]) -> dict[str, Any]:
+    import onnx
+
+    return {
+        value.name: [
+            onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+            [each.dim_value if each.HasField("dim_value") else None for each in _dimensions(value)],
+        ]
+        for value in values
+    }
 
 
 def _dimensions(value: onnx.ValueInfoProto) -> Any:

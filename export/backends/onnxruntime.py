@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime, on the CPU or, where the package onnxruntime-gpu is installed, on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -22,9 +22,18 @@ if TYPE_CHECKING:
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "inference_precision": ("float32", "bfloat16"),
     "optimization": ("all", "none"),
+    "provider": ("cpu", "cuda", "tensorrt"),
 }
 """`inference_precision` is taken so that one manifest serves every backend; this one always computes in float32.
-`optimization: none` runs the graph node by node as it is written, integers as rounded floats: slow, the reference."""
+`optimization: none` runs the graph node by node as it is written, integers as rounded floats: slow, the reference.
+`provider` is what computes; with another than `cpu`, nodes that it does not have run on the next of `PROVIDERS`."""
+
+PROVIDERS: dict[str, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+"""Provider -> the execution providers of ONNX Runtime, the preferred one first."""
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -65,7 +74,7 @@ class _Session:
 def load(path: Path, threads: int | None, options: Mapping[str, Any]) -> _Session:
     """Read a graph and its weights, see `export.backends.Backend`."""
     check_options("onnxruntime", options, OPTIONS)
-    return _Session(_session(path, _settings(threads, options)))
+    return _Session(_session(path, _settings(threads, options), options.get("provider", "cpu")))
 
 
 def joined(graphs: Sequence[LoadedGraph], outputs: Sequence[str]) -> LoadedGraph | None:
@@ -87,7 +96,7 @@ def executed_kernels(path: Path, inputs: Mapping[str, np.ndarray], options: Mapp
         settings = _settings(1, options)
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "profile")
-        session = _session(path, settings)
+        session = _session(path, settings, options.get("provider", "cpu"))
         _Session(session)(inputs)
         events = json.loads(Path(session.end_profiling()).read_text())
     kernels = {}
@@ -130,13 +139,26 @@ def _share_memory() -> None:
     onnxruntime.create_and_register_allocator(memory, None)
 
 
-def _session(path: Path, settings: Any) -> Any:
+def _session(path: Path, settings: Any, provider: str) -> Any:
+    asked = PROVIDERS[provider]
+    missing = [name for name in asked if name not in onnxruntime.get_available_providers()]
+    if missing:
+        raise EngineError(
+            f"this ONNX Runtime has no {missing[0]}, which provider {provider!r} needs: pip install onnxruntime-gpu "
+            "in place of onnxruntime, on a machine with an NVIDIA GPU"
+        )
     try:
-        return onnxruntime.InferenceSession(
-            str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED
+        session = onnxruntime.InferenceSession(
+            str(path), settings, providers=list(asked), disabled_optimizers=_DISABLED
         )
     except Exception as error:
         raise EngineError(f"ONNX Runtime cannot load {path.name}: {_sentence(error)}") from error
+    if session.get_providers()[0] != asked[0]:  # it goes on without a provider that does not start
+        raise EngineError(
+            f"ONNX Runtime could not start {asked[0]} here: it needs an NVIDIA GPU, its driver, and the libraries of "
+            f"{'TensorRT and ' if provider == 'tensorrt' else ''}CUDA that this onnxruntime-gpu was built for"
+        )
+    return session
 
 
 def _spec(value: Any) -> TensorSpec:
