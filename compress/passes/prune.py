@@ -13,8 +13,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import override
 
+from compress.cost import Cost
 from compress.errors import PassError, RecipeError, RefusedError
 from compress.passes.base import Edit, Pass, PassContext
+from compress.passes.prune_recover import Recover, Whole
 
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
@@ -51,8 +53,8 @@ class KeepRule(BaseModel):
 class Prune(Pass):
     """Structured pruning: what is removed is gone from weights and graphs, on every runtime.
 
-    Give a budget (`size_ratio` or `macs_ratio`), or shares (`keep`, `layers`). Quality is lost, and is to be recovered
-    by training.
+    Give a budget (`size_ratio` or `macs_ratio`), or shares (`keep`, `layers`). Quality is lost, and `recover` trains
+    what is left to win it back.
 
     Attributes:
         part: the network.
@@ -65,11 +67,12 @@ class Prune(Pass):
         importance: how the loss is estimated, see `compress.importance.losses`.
         cutoff: of `taylor`: timesteps whose loss is less than this share of the largest are left out.
         multiple: of the channels left in `ffn` and `resnet`; 16 for GPUs and 8 for CPUs unless given.
+        recover: how the denoiser is trained afterwards; not at all unless given.
     """
 
     name: ClassVar[str] = "prune"
     paper: ClassVar[str] = "Fang et al. 2023, arXiv 2305.10924; Zhang et al. 2024, arXiv 2404.11098"
-    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration", "training"})
     changes: ClassVar[frozenset[str]] = frozenset({"weights", "graph"})
 
     part: Part = "denoiser"
@@ -81,6 +84,7 @@ class Prune(Pass):
     importance: Literal["taylor", "magnitude", "additive", "random"] = "taylor"
     cutoff: Annotated[float, Ge(0.0), Lt(1.0)] = 0.05
     multiple: Annotated[int, Ge(1), Le(256)] | None = None
+    recover: Recover | None = None
 
     def __post_init__(self) -> None:
         """Check what is asked for together.
@@ -101,6 +105,8 @@ class Prune(Pass):
             raise RecipeError(
                 "importance: taylor differentiates the denoising loss, which a VAE has not; take magnitude or additive"
             )
+        if self.part == "vae_decoder" and self.recover is not None:
+            raise RecipeError("recover: trains the denoiser, and the part is vae_decoder; leave it out")
 
     @property
     def budget(self) -> float | None:
@@ -109,7 +115,9 @@ class Prune(Pass):
 
     @override
     def required(self) -> frozenset[str]:
-        return self.needs if self.importance in ("taylor", "additive") else frozenset()
+        if self.recover is not None:
+            return self.needs
+        return self.needs - {"training"} if self.importance in ("taylor", "additive") else frozenset()
 
     @override
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
@@ -184,6 +192,13 @@ class Prune(Pass):
         return sum(item.saving for item in items)
 
     @override
+    def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost] | None:
+        if self.recover is None:
+            return None
+        left = self.macs_ratio or 1.0  # of other budgets it is not known yet
+        return self.recover.costs(model, context, left, chosen=self.importance in ("taylor", "additive"))
+
+    @override
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
         from compress.importance import losses
         from compress.pruning.axis import CutError
@@ -195,6 +210,7 @@ class Prune(Pass):
         axes = [axis for axis in self._axes(model) if (f"{self.part}.{axis.module}", axis.kind) in asked]
         found = losses(model, self.part, axes, multiple, self.importance, self.cutoff, context)
         removed = self._chosen(before, axes, found, multiple)
+        whole = None if self.recover is None else Whole.of(model)
         network, name = self._network(model)
         try:
             structure = prune(network, cuts_of(removed), model.structures.get(name, Structure()))
@@ -216,6 +232,8 @@ class Prune(Pass):
                 "macs": [before.macs, after.macs],
             }
         )
+        if whole is not None and self.recover is not None:
+            whole.teach(model, self.recover, context)
 
     def _chosen(self, costs: Costs, axes: Sequence[Axis], found: Mapping[Chunk, float], multiple: int) -> list[Chunk]:
         """What is removed."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from compress.model.latent_diffusion import LatentDiffusion
 
 TRIED = 2
 """Samples in the try."""
@@ -35,6 +38,21 @@ class SampleCost:
     def memory(self, batch: int) -> float:
         """Bytes at the peak of an update with `batch` samples at once."""
         return COPIES * self.weights + batch * self.kept
+
+
+def denoiser_cost(model: LatentDiffusion, height: int, width: int) -> SampleCost:
+    """Of the model's denoiser, whole.
+
+    Args:
+        model: is left as it was.
+        height: of the pictures in pixels.
+        width: likewise.
+    """
+    whole = model.family.segments(model.denoiser, None).segments[0].module
+    down = int(model.latent["downscale"])
+    tokens = max([int(entry["max_length"]) for entry in model.conditioning.get("encoders", ())], default=8)
+    inputs = model.family.example_inputs(model.denoiser, TRIED, height // down, width // down, tokens)
+    return sample_cost(model.denoiser, whole, inputs)
 
 
 def sample_cost(
