@@ -30,7 +30,8 @@ from tests import tiny_engine as toy
 CPU = built_anywhere()
 PROMPTS = ["a red circle", "a small blue square", "a large green square"]
 CONTEXT = PassContext(PROMPTS, 0, toy.SIDE, toy.SIDE, targets=CPU)
-BRIEF: dict[str, Any] = {"updates": 20, "samples": 12, "batch": 8, "rate": 1e-3, "average": 0.8}
+BRIEF: dict[str, Any] = {"updates": 30, "samples": 12, "batch": 8, "rate": 3e-4, "average": 0.8, "denoise": 0.0}
+"""The toys were never trained: their own samples are far from what they estimate."""
 Folder = Callable[[str], Path]
 
 
@@ -39,7 +40,7 @@ def sampled(folder: Path) -> LatentDiffusion:
 
 
 def pruned(found: LatentDiffusion, context: PassContext = CONTEXT, **fields: Any) -> LatentDiffusion:
-    step = Prune(**({"macs_ratio": 0.75, "importance": "magnitude", "multiple": 2} | fields))
+    step = Prune(**({"macs_ratio": 0.6, "importance": "magnitude", "multiple": 2} | fields))
     changed = found.clone()
     edits = step.plan(changed, CPU)
     step.apply(changed, edits, context)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from compress.example_inputs import example_inputs
+
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
 
@@ -49,10 +51,7 @@ def denoiser_cost(model: LatentDiffusion, height: int, width: int) -> SampleCost
         width: likewise.
     """
     whole = model.family.segments(model.denoiser, None).segments[0].module
-    down = int(model.latent["downscale"])
-    tokens = max([int(entry["max_length"]) for entry in model.conditioning.get("encoders", ())], default=8)
-    inputs = model.family.example_inputs(model.denoiser, TRIED, height // down, width // down, tokens)
-    return sample_cost(model.denoiser, whole, inputs)
+    return sample_cost(model.denoiser, whole, example_inputs(model, "denoiser", TRIED, height, width))
 
 
 def sample_cost(
