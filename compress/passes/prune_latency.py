@@ -190,9 +190,9 @@ def _slope(gone: Sequence[int], times: Sequence[float]) -> float:
 
 
 def _owner(axis: Any) -> str:
-    """The smallest module that holds all parameters of an axis."""
-    paths = [one.parameter.rpartition(".")[0].replace(".", "/") for one in axis.slices]
-    return os.path.commonpath(paths).replace("/", ".")
+    """The smallest module, its own or around it, that holds all parameters of an axis."""
+    paths = [axis.module, *(one.parameter for one in axis.slices)]
+    return os.path.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
 
 
 def _without(network: Network, removed: Sequence[Chunk]) -> Network:

@@ -1,0 +1,184 @@
+"""The budget latency_ratio: what layers and networks are timed as, what is chosen by it, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.errors import PassError, RefusedError
+from compress.graph_times import Bench, Piece, calls_of, piece_of
+from compress.importance import losses
+from compress.model.latent_diffusion import LatentDiffusion, load
+from compress.passes.base import PassContext
+from compress.passes.prune import Prune
+from compress.passes.prune_latency import TOLERANCE, timed_target
+from compress.progress import silent
+from compress.pruning.axes import axes_of
+from compress.pruning.axis import KINDS
+from compress.store import Store
+from export.target import built_anywhere, target
+from tests import tiny, tiny_engine
+
+ORT = target("onnxruntime-cpu")
+PROMPTS = ["a red circle", "a small blue square"]
+Folder = Callable[[str], Path]
+
+
+def context(model: LatentDiffusion, **options: Any) -> PassContext:
+    prompts = PROMPTS if model.text_encoders else ["1", "7"]
+    side = 2 * tiny.SIDE
+    return PassContext(prompts, seed=0, height=side, width=side, targets=[ORT], **options)
+
+
+def sampled(folder: Path) -> LatentDiffusion:
+    return tiny_engine.sampled(load(folder), steps=2)
+
+
+def by_size(overhead: float) -> Callable[[Bench, Sequence[Piece], str], dict[str, float]]:
+    """A clock that tells sizes: a millisecond for a thousand numbers, and more for what is not in any layer."""
+
+    def measured(bench: Bench, pieces: Sequence[Piece], what: str) -> dict[str, float]:
+        own = {piece.key: sum(p.numel() for p in piece.module.parameters()) / 1000 for piece in pieces}
+        return {key: time + overhead * (what != "layers") for key, time in own.items()}
+
+    return measured
+
+
+@pytest.mark.parametrize("family", tiny.PIPELINES)
+def test_a_budget_is_kept_on_every_family(
+    family: str, tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where times are sizes, what is predicted is what comes."""
+    monkeypatch.setattr(Bench, "_measured", by_size(0.0))
+    model = sampled(tiny_folder(family))
+    step = Prune(latency_ratio=0.85, axes=("heads", "ffn", "resnet", "depth"), importance="magnitude", multiple=2)
+    edits = step.plan(model, [ORT])
+    step.apply(model, edits, context(model, store=Store(tmp_path)))
+    step.check(model, edits)
+    row = model.provenance[-1]["latency_ms"]
+    before, after = model.provenance[-1]["parameters"]
+    assert row["target"] == ORT.name
+    assert row["after"] / row["before"] == pytest.approx(after / before, rel=1e-3)
+    assert abs(after / before / 0.85 - 1.0) <= TOLERANCE
+    assert row["predicted"] == pytest.approx(row["after"], rel=0.02)
+
+
+def test_what_layers_do_not_tell_is_corrected(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that no layer takes must come out of the layers as well."""
+    model = sampled(tiny_folder("unet"))
+    whole = sum(p.numel() for p in model.denoiser.parameters()) / 1000
+    monkeypatch.setattr(Bench, "_measured", by_size(0.5 * whole))
+    step = Prune(latency_ratio=0.85, importance="magnitude", multiple=2)
+    step.apply(model, step.plan(model, [ORT]), context(model))
+    step.check(model, [])
+    before, after = model.provenance[-1]["parameters"]
+    assert after / before < 0.8
+
+
+def test_a_result_that_misses_its_budget_is_refused(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers promised does not come: the whole takes as long as before."""
+
+    def never_faster(bench: Bench, pieces: Sequence[Piece], what: str) -> dict[str, float]:
+        return by_size(0.0)(bench, pieces, what) if what == "layers" else {piece.key: 7.0 for piece in pieces}
+
+    monkeypatch.setattr(Bench, "_measured", never_faster)
+    model = sampled(tiny_folder("unet"))
+    step = Prune(latency_ratio=0.9, importance="magnitude", multiple=2)
+    edits = step.plan(model, [ORT])
+    step.apply(model, edits, context(model))
+    said = r"latency_ratio is 1\.000, more than 5% above 0\.9: on onnxruntime-cpu, .* took 7\.00 ms of 7\.00 ms"
+    with pytest.raises(PassError, match=said):
+        step.check(model, edits)
+
+
+def test_a_budget_out_of_reach_is_refused(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "_measured", by_size(0.0))
+    model = sampled(tiny_folder("unet"))
+    step = Prune(latency_ratio=0.1, axes=("heads",), importance="magnitude")
+    with pytest.raises(RefusedError, match=r"latency_ratio: 0\.1 cannot be reached: .* save .* ms of .* raise it"):
+        step.apply(model, step.plan(model, [ORT]), context(model))
+
+
+def test_it_needs_a_target_that_can_be_timed(tiny_folder: Folder) -> None:
+    assert timed_target([target("torch-cuda"), *built_anywhere()]).device == "cpu"
+    with pytest.raises(RefusedError, match="targets has none: add onnxruntime-cpu"):
+        Prune(latency_ratio=0.5).plan(load(tiny_folder("unet")), [target("torch-cuda")])
+
+
+def test_times_are_real_and_kept(tmp_path: Path) -> None:
+    """More work takes longer, and is not measured again."""
+    heard = list[str]()
+    bench = Bench(ORT, Store(tmp_path), lambda what, done, total: heard.append(what))
+    layers = [torch.nn.Sequential(torch.nn.Linear(size, size)) for size in (8, 1024)]
+    pieces = []
+    for layer, size in zip(layers, (8, 1024), strict=True):
+        given = torch.randn(64, size)
+        (call,) = calls_of(layer, lambda layer=layer, given=given: layer(given), ["0"]).values()  # type: ignore[misc]
+        pieces.append(call.piece(layer[0]))
+    times = bench.milliseconds(pieces, "layers")
+    assert 0.0 < 4.0 * times[pieces[0].key] < times[pieces[1].key]
+    assert {"export layers", "time layers"} == set(heard)
+    heard.clear()
+    assert bench.milliseconds(pieces, "layers") == times
+    assert not heard
+
+
+@pytest.mark.parametrize("family", ["unet", "flux"])
+def test_layers_by_themselves_compute_what_they_do_inside(family: str, tiny_folder: Folder) -> None:
+    model = load(tiny_folder(family))
+    part = model.parts()["denoiser"]
+    inputs = model.family.example_inputs(model.denoiser, 2, 8, 8, 5)
+    found = {axis.module: axis for axis in axes_of(model.denoiser, ("ffn",))}
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            seen.setdefault(path, output[-1] if isinstance(output, tuple) else output)
+
+        return hook
+
+    for path in found:
+        model.denoiser.get_submodule(path).register_forward_hook(keep(path))
+    for path, call in calls_of(model.denoiser, lambda: part(**inputs), list(found)).items():
+        piece = call.piece(model.denoiser.get_submodule(path))
+        assert torch.equal(piece.module(**piece.inputs)[-1], seen[path])
+
+
+def test_equal_work_has_one_key_and_other_work_another(tiny_folder: Folder) -> None:
+    model = load(tiny_folder("sd3"))
+    part, inputs = model.parts()["denoiser"], model.family.example_inputs(model.denoiser, 2, 8, 8, 5)
+    paths = [f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in ("attn", "ff")]
+    keys = [
+        call.piece(model.denoiser.get_submodule(path)).key
+        for path, call in calls_of(model.denoiser, lambda: part(**inputs), paths).items()
+    ]
+    assert len(set(keys)) == 2
+    with pytest.raises(PassError, match="transformer_blocks is not called by itself"):
+        calls_of(model.denoiser, lambda: part(**inputs), ["transformer_blocks"])
+    model.denoiser.transformer_blocks[0].attn.heads += 1
+    attention = model.denoiser.transformer_blocks[0].attn
+    assert (
+        piece_of(part, attention, inputs, ("y",)).key
+        != piece_of(part, model.denoiser.transformer_blocks[1].attn, inputs, ("y",)).key
+    )
+
+
+@pytest.mark.parametrize("family", ["unet", "flux"])
+def test_every_axis_has_a_layer_that_is_exported(family: str, tiny_folder: Folder) -> None:
+    """On the real runtime, one axis of each kind: savings are there for all, and none is negative."""
+    from compress.passes import prune_latency
+
+    model = sampled(tiny_folder(family))
+    where = context(model)
+    every = [axis for axis in axes_of(model.denoiser, KINDS) if axis.removable]
+    axes = [next(axis for axis in every if axis.kind == kind) for kind in dict.fromkeys(axis.kind for axis in every)]
+    found = losses(model, "denoiser", axes, 8, "magnitude", 0.0, where)
+    bench = Bench(ORT, None, silent)
+    savings = prune_latency._savings(model, "denoiser", model.denoiser, axes, found, bench, where)
+    assert set(savings) == {(axis.kind, axis.module) for axis in axes}
+    assert all(bool((unit >= 0.0).all()) for unit in savings.values())
+    assert sum(float(unit.sum()) for unit in savings.values()) > 0.0
