@@ -16,7 +16,7 @@ from typing_extensions import override
 from compress.cost import Cost
 from compress.errors import PassError, RecipeError, RefusedError
 from compress.passes.base import Edit, Pass, PassContext
-from compress.passes.prune_latency import check_latency, choose, timed_target
+from compress.passes.prune_latency import check_latency, choose, timed_target, timing_cost
 from compress.passes.prune_recover import Recover, Whole
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compress.pruning.axis import Axis
     from compress.pruning.costs import Costs
     from compress.pruning.units import Chunk
+    from export.step_plan import Step
     from export.target import Target
 
 SKIP = "skip"
@@ -200,10 +201,22 @@ class Prune(Pass):
 
     @override
     def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost] | None:
-        if self.recover is None:
+        if self.recover is None and self.latency_ratio is None:
             return None
-        left = self.macs_ratio or 1.0  # of other budgets it is not known yet
-        return self.recover.costs(model, context, left, chosen=self.importance in ("taylor", "additive"))
+        from compress.training.cost import denoiser_cost
+
+        one, steps = denoiser_cost(model, context.height, context.width), _steps(model)
+        found = []
+        if self.importance in ("taylor", "additive"):
+            halves = sum(2 if step.guidance != "none" else 1 for step in steps)
+            seconds = 2 * len(context.prompts) * halves * one.forward
+            found.append(Cost("the pass prune", seconds, int(3 * one.weights), "fewer calibration.samples"))
+        if self.latency_ratio is not None:
+            found.append(timing_cost(len(self._axes(model)), int(one.weights)))
+        if self.recover is not None:
+            left = self.macs_ratio or self.latency_ratio or 1.0  # of other budgets it is not known yet
+            found.append(self.recover.cost(one, len(steps), left))
+        return found
 
     @override
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
@@ -349,6 +362,10 @@ class Prune(Pass):
             inputs = part.example_inputs(1, side, side, 77)
         device = next(part.parameters()).device
         return partial(_first, part, {key: tensor.to(device) for key, tensor in inputs.items()})
+
+
+def _steps(model: LatentDiffusion) -> Sequence[Step]:
+    return () if model.step_plan is None else model.step_plan.steps
 
 
 def _first(part: Any, inputs: Mapping[str, Any]) -> Any:

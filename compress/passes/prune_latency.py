@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compress.cost import Cost
 from compress.errors import PassError, RefusedError
 from export.backends import available
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.05
 """By how much of the budget the measured latency may exceed it."""
+GRAPH_SECONDS = 2.0
+"""Exporting, checking and timing the graph of one layer on one core of a server CPU."""
 TRIES = 3
 """Of choosing; what the whole network takes corrects what is asked of its layers."""
 
@@ -41,6 +44,16 @@ def timed_target(targets: Sequence[Target]) -> Target:
         "prune.latency_ratio: is measured on the first CPU target whose runtime is installed, and targets has none: "
         "add onnxruntime-cpu or openvino-cpu, or give macs_ratio"
     )
+
+
+def timing_cost(axes: int, weights: int) -> Cost:
+    """What the measurements will take, from a constant: a layer at three sizes for each axis.
+
+    Args:
+        axes: how many.
+        weights: bytes of the denoiser.
+    """
+    return Cost("timing layers", 3 * axes * GRAPH_SECONDS, 4 * weights, "fewer prune.axes, or macs_ratio")
 
 
 @dataclass(frozen=True)

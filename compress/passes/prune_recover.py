@@ -14,6 +14,7 @@ from compress.training.effort import Effort
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
     from compress.passes.base import PassContext
+    from compress.training.cost import SampleCost
     from compress.training.features import Block
 
 
@@ -39,30 +40,21 @@ class Recover(Effort):
         if not self.output + self.denoise + self.features:
             raise ValueError("output: is 0, and denoise and features too; nothing would be learned")
 
-    def costs(self, model: LatentDiffusion, context: PassContext, share: float, *, chosen: bool) -> list[Cost]:
-        """What the pass will take.
+    def cost(self, one: SampleCost, calls: int, share: float) -> Cost:
+        """What it will take.
 
         Args:
-            model: before the cuts.
-            context: of the pass.
+            one: sample, before the cuts.
+            calls: of the step plan.
             share: of the multiply-accumulates that is left.
-            chosen: what is cut is chosen by calls of the model.
 
         Raises:
             RefusedError: more than `minutes`.
         """
-        from compress.training.cost import denoiser_cost
-
-        one = denoiser_cost(model, context.height, context.width)
-        steps = () if model.step_plan is None else model.step_plan.steps
-        halves = sum(2 if step.guidance != "none" else 1 for step in steps)
         training = self.seconds("prune.recover", one.update * share + one.forward)
-        runs = self.samples * len(steps) * one.forward
-        found = [Cost("recovery", training + runs, self.memory(one), "fewer prune.recover.updates, or a smaller batch")]
-        if chosen:
-            choice = 2 * len(context.prompts) * halves * one.forward
-            found.append(Cost("the pass prune", choice, int(3 * one.weights), "fewer calibration.samples"))
-        return found
+        memory = self.memory(one) + int(one.weights)  # those of the teacher
+        seconds = training + self.samples * calls * one.forward
+        return Cost("recovery", seconds, memory, "fewer prune.recover.updates, or a smaller batch")
 
 
 @dataclass(frozen=True)
