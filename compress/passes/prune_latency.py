@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.05
 """By how much of the budget the measured latency may exceed it."""
-GRAPH_SECONDS = 2.0
+GRAPH_SECONDS = 1.0
 """Exporting, checking and timing the graph of one layer on one core of a server CPU."""
 TRIES = 3
 """Of choosing; what the whole network takes corrects what is asked of its layers."""
