@@ -67,25 +67,42 @@ def test_a_budget_is_kept_on_every_family(
     assert row["predicted"] == pytest.approx(row["after"], rel=0.02)
 
 
-@pytest.mark.parametrize("layers", [0.7, 1.5])
-def test_what_layers_tell_wrongly_is_corrected(
+@pytest.mark.parametrize("layers", [0.1, 3.0])
+def test_layers_by_themselves_may_take_longer_or_less(
     layers: float, tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By themselves they take longer or less than they do inside."""
+    """One factor, found on the whole network, makes up for it."""
     monkeypatch.setattr(Bench, "_measured", by_size(layers))
     model = sampled(tiny_folder("unet"))
     step = Prune(latency_ratio=0.8, importance="magnitude", multiple=2)
     step.apply(model, step.plan(model, [ORT]), context(model))
     step.check(model, [])
-    before, after = model.provenance[-1]["parameters"]
-    assert abs(after / before / 0.8 - 1.0) <= TOLERANCE / 2
+    row = model.provenance[-1]["latency_ms"]
+    assert row["layers"] == pytest.approx(1.0 / layers, rel=0.05)
+    assert row["after"] / row["before"] == pytest.approx(0.8, rel=TOLERANCE / 2)
+
+
+def test_what_the_factor_does_not_tell_is_corrected(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole takes time by the cube of its size."""
+
+    def cubed(bench: Bench, pieces: Sequence[Piece], what: str) -> dict[str, float]:
+        times = by_size()(bench, pieces, what)
+        return times if what == "layers" else {key: time**3 for key, time in times.items()}
+
+    monkeypatch.setattr(Bench, "_measured", cubed)
+    model = sampled(tiny_folder("unet"))
+    step = Prune(latency_ratio=0.8, importance="magnitude", multiple=2)
+    step.apply(model, step.plan(model, [ORT]), context(model))
+    row = model.provenance[-1]["latency_ms"]
+    assert row["after"] / row["before"] == pytest.approx(0.8, rel=TOLERANCE / 2)
 
 
 def test_a_result_that_misses_its_budget_is_refused(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """What layers promised does not come: the whole takes as long as before."""
 
     def never_faster(bench: Bench, pieces: Sequence[Piece], what: str) -> dict[str, float]:
-        return by_size()(bench, pieces, what) if what == "layers" else {piece.key: 7.0 for piece in pieces}
+        told = what in ("layers", "the denoiser")
+        return by_size()(bench, pieces, what) if told else {piece.key: 7.0 for piece in pieces}
 
     monkeypatch.setattr(Bench, "_measured", never_faster)
     model = sampled(tiny_folder("unet"))
@@ -101,7 +118,7 @@ def test_a_budget_out_of_reach_is_refused(tiny_folder: Folder, monkeypatch: pyte
     monkeypatch.setattr(Bench, "_measured", by_size())
     model = sampled(tiny_folder("unet"))
     step = Prune(latency_ratio=0.1, axes=("heads",), importance="magnitude")
-    with pytest.raises(RefusedError, match=r"latency_ratio: 0\.1 cannot be reached: .* save .* ms of .* raise it"):
+    with pytest.raises(RefusedError, match=r"latency_ratio: 0\.1 cannot be reached: .* takes .* ms of .* raise it"):
         step.apply(model, step.plan(model, [ORT]), context(model))
 
 

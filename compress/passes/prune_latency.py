@@ -62,7 +62,8 @@ class Choice:
 
     Attributes:
         removed: chunks.
-        row: for the provenance; milliseconds of one call of the network, before, after, and as predicted.
+        row: for the provenance; milliseconds of one call of the network, before, after, and as predicted; and what the
+            network saves for each millisecond that its layers save by themselves.
     """
 
     removed: list[Chunk]
@@ -100,8 +101,8 @@ def choose(
 ) -> Choice:
     """Remove what loses least and saves enough time (LAPTOP-Diff, Zhang et al. 2024, arXiv 2404.11098, section 3.2).
 
-    Savings are those of layers by themselves. The whole network is measured too; where it misses the budget, its layers
-    are asked for more, or less, by as much.
+    Units save what their layers by themselves do, times one factor for all: what the whole network saves without any of
+    them, by the sum of it. What is chosen is measured too; where it misses the budget, more or less is asked for.
 
     Args:
         model: uncut.
@@ -113,7 +114,7 @@ def choose(
         context: targets, size and store.
 
     Raises:
-        RefusedError: all together would not save enough.
+        RefusedError: all together do not save enough.
     """
     from compress.graph_times import Bench
     from compress.pruning.knapsack import least_loss
@@ -123,29 +124,36 @@ def choose(
     savings = _savings(model, part, network, axes, losses, bench, context)
     items = tree(list(losses), losses, savings)
     whole = _whole(model, part, network, context)
-    before = bench.milliseconds([whole], f"the {part}")[whole.key]
+    least = _whole(model, part, _without(network, [item.what for item in items]), context)
+    both = bench.milliseconds([whole, least], f"the {part}")
+    before, most = both[whole.key], both[whole.key] - both[least.key]
+    told = sum(item.saving for item in items)
+    if told <= 0.0 or most < (1.0 - budget) * before:
+        raise RefusedError(
+            f"prune.latency_ratio: {budget:g} cannot be reached: with one step of each axis left, a call of the {part} "
+            f"takes {both[least.key]:.2f} ms of {before:.2f} ms on {bench.target.name}, one thread; raise it, or add "
+            "axes"
+        )
+    items = tree(list(losses), losses, {name: most / told * each for name, each in savings.items()})
     wanted, tried = (1.0 - budget) * before, list[Choice]()
     for _ in range(TRIES):
-        taken = least_loss(items, wanted)
-        if taken is None:
-            break
+        taken = least_loss(items, wanted) or items
         removed, saved = [item.what for item in taken], sum(item.saving for item in taken)
         pair = [whole, _whole(model, part, _without(network, removed), context)]
         both = bench.milliseconds(pair, f"the {part} and what is left of it")
         first, after = (both[piece.key] for piece in pair)
-        row = {"target": bench.target.name, "threads": 1, "before": first, "after": after, "predicted": first - saved}
+        row = {
+            "target": bench.target.name,
+            "threads": 1,
+            "before": first,
+            "after": after,
+            "predicted": first * (1.0 - saved / before),
+            "layers": most / told,
+        }
         tried.append(Choice(removed, row))
         if abs(tried[-1].ratio / budget - 1.0) <= TOLERANCE / 2.0:
             break
-        really = max(first - after, 0.01 * first)
-        wanted *= (1.0 - budget) * first / really
-    if not tried:
-        most = sum(item.saving for item in items)
-        raise RefusedError(
-            f"prune.latency_ratio: {budget:g} cannot be reached: with one step of each axis left, layers measured on "
-            f"{bench.target.name} save {most:.2f} ms of {before:.2f} ms, which leaves {1.0 - most / before:.3f}; raise "
-            "it, or add axes"
-        )
+        wanted *= (1.0 - budget) * first / max(first - after, 0.01 * first)
     return min(tried, key=lambda choice: abs(choice.ratio / budget - 1.0))
 
 
