@@ -102,7 +102,8 @@ def choose(
     """Remove what loses least and saves enough time (LAPTOP-Diff, Zhang et al. 2024, arXiv 2404.11098, section 3.2).
 
     Units save what their layers by themselves do, times one factor for all: what the whole network saves without any of
-    them, by the sum of it. What is chosen is measured too; where it misses the budget, more or less is asked for.
+    them, by the sum of it. What is chosen is measured too; where it misses the budget, more or less is asked for, by
+    interpolation between what was measured.
 
     Args:
         model: uncut.
@@ -135,8 +136,9 @@ def choose(
             "axes"
         )
     items = tree(list(losses), losses, {name: most / told * each for name, each in savings.items()})
-    wanted, tried = (1.0 - budget) * before, list[Choice]()
+    tried, points = list[Choice](), [(0.0, 0.0), (most, most)]  # what was saved, and what should have been
     for _ in range(TRIES):
+        wanted = float(np.interp((1.0 - budget) * before, *zip(*sorted(points), strict=True)))
         taken = least_loss(items, wanted) or items
         removed, saved = [item.what for item in taken], sum(item.saving for item in taken)
         pair = [whole, _whole(model, part, _without(network, removed), context)]
@@ -153,7 +155,7 @@ def choose(
         tried.append(Choice(removed, row))
         if abs(tried[-1].ratio / budget - 1.0) <= TOLERANCE / 2.0:
             break
-        wanted *= (1.0 - budget) * first / max(first - after, 0.01 * first)
+        points.append(((1.0 - after / first) * before, saved))
     return min(tried, key=lambda choice: abs(choice.ratio / budget - 1.0))
 
 
