@@ -144,11 +144,16 @@ def _measured(model: LatentDiffusion, part: str, found: Sequence[Chunk], context
 
 def without(network: Network, chunk: Chunk) -> Network:
     """The network without some units; what is not cut is shared with it."""
-    shared = {id(tensor): tensor for tensor in itertools.chain(network.parameters(), network.buffers())}
-    other = copy.deepcopy(network, shared)
+    other = sharing_copy(network)
     (cut,) = cuts_of([chunk])
     cut.make(other)
     return other
+
+
+def sharing_copy(network: Network) -> Network:
+    """A network of the same tensors, which may be cut without cutting the other."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(network.parameters(), network.buffers())}
+    return copy.deepcopy(network, shared)
 
 
 def _outputs(model: LatentDiffusion, part: str, context: PassContext) -> Callable[[Network], Tensor]:

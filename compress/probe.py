@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compress import calibrate
 from compress.cost import Cost
+from compress.example_inputs import example_inputs
 from compress.peak_memory import PeakMemory, resident_bytes
 from compress.quantization import statistics
 from compress.quantization.checks import check_layer
@@ -86,7 +87,9 @@ def costs(model: LatentDiffusion, work: Work, context: PassContext) -> list[Cost
         seconds, seen = 0.0, dict[Key, LayerStatistics]()
         with PeakMemory() as peak:
             for part in model.parts():
-                inputs = _inputs(model, part, batch * (1 if part.startswith("vae") else halves), context)
+                inputs = example_inputs(
+                    model, part, batch * (1 if part.startswith("vae") else halves), context.height, context.width
+                )
                 times = work.passes * batches * (calls if part == "denoiser" else 1)
                 seconds += times * _seconds(_watching(model, part, work, inputs, -(-work.kept // times), {}, file))
                 _watching(model, part, work, inputs, work.kept, seen, file)()
@@ -134,7 +137,7 @@ def _backwards(
     places = context.height // side * (context.width // side)
     together = min(samples * halves, max(1, POSITIONS // places))
     module = model.parts()["denoiser"]
-    inputs = _inputs(model, "denoiser", together, context)
+    inputs = example_inputs(model, "denoiser", together, context.height, context.width)
     latent = model.runtime(simulate=False).latent_input
 
     def backwards() -> None:
@@ -145,7 +148,9 @@ def _backwards(
     with PeakMemory() as peak:
         back = _seconds(backwards)
         with torch.inference_mode():
-            forward = _seconds(lambda: module(**_inputs(model, "denoiser", samples * halves, context)))
+            forward = _seconds(
+                lambda: module(**example_inputs(model, "denoiser", samples * halves, context.height, context.width))
+            )
     seconds = calls * (forward + -(-samples * halves // together) * back)
     return Cost("going backwards", seconds, peak.bytes - before, "float_share: 0.0 in the pass quantize")
 
@@ -200,16 +205,6 @@ def _quantized(model: LatentDiffusion, work: Work, seen: Mapping[Key, LayerStati
 def _weight(model: LatentDiffusion, key: Key) -> Tensor:
     weight: Tensor = calibrate.component_of(model, key[0]).get_submodule(key[1]).weight  # type: ignore[assignment]
     return weight
-
-
-def _inputs(model: LatentDiffusion, part: str, batch: int, context: PassContext) -> dict[str, Tensor]:
-    side = int(model.latent["downscale"])
-    tokens = max([int(entry["max_length"]) for entry in model.conditioning.get("encoders", ())], default=8)
-    sizes = {"batch": batch, "height": context.height // side, "width": context.width // side, "prompt_tokens": tokens}
-    if part == "denoiser":
-        return model.family.example_inputs(model.denoiser, **sizes)
-    found: dict[str, Tensor] = model.parts()[part].example_inputs(**sizes)
-    return found
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -6,43 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge
 from typing_extensions import override
 
 from compress.cost import Cost
 from compress.errors import PassError, RefusedError
 from compress.passes.base import Edit, Pass, PassContext
+from compress.training.effort import Effort
 from export.step_plan import StepPlan, StepPlanError
 
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
     from export.target import Target
 
-RUNS_SEED = 1 << 32
-"""Added to the seed for the teacher's runs: they share no noise with calibration or evaluation."""
-
 
 @dataclass
-class Distill(Pass):
+class Distill(Effort, Pass):
     """Trains the denoiser on its own runs, without data, and rewrites the step plan to what it has learned.
 
     `guidance` puts the plan's guidance scale into the weights: half the denoiser's work, the sampler stays. `segment`
     gives a student of `steps` steps, each of which lands where the teacher's own sampler comes to in several, guidance
-    included; `progressive` comes there by halvings, each student the teacher of the next. How long: `updates`, or as
-    many as fit into `minutes`; with both, a run that would take longer than `minutes` is refused beforehand. The
-    prompts are those of the calibration.
+    included; `progressive` comes there by halvings, each student the teacher of the next. How long, see
+    `compress.training.effort.Effort`. The prompts are those of the calibration.
 
     Attributes:
         objective: what is learned.
         steps: of the student's sampler; for segment and progressive.
-        updates: of the weights, in all.
-        minutes: of training, on this machine; the teacher's runs come before.
-        samples: runs of the teacher.
-        batch: samples an update.
-        accumulate: parts that a batch is computed in, for less memory.
-        rate: the largest learning rate.
-        average: decay of the averaged weights, which are the ones that are kept.
-        bf16: networks compute in bfloat16 while training; the sampler's arithmetic stays float32.
     """
 
     name: ClassVar[str] = "distill"
@@ -52,14 +41,6 @@ class Distill(Pass):
 
     objective: Literal["guidance", "segment", "progressive"]
     steps: Annotated[int, Ge(1)] | None = None
-    updates: Annotated[int, Ge(1)] | None = None
-    minutes: Annotated[float, Gt(0.0)] | None = None
-    samples: Annotated[int, Ge(1)] = 256
-    batch: Annotated[int, Ge(1)] = 16
-    accumulate: Annotated[int, Ge(1)] = 1
-    rate: Annotated[float, Gt(0.0), Le(1.0)] = 3e-4
-    average: Annotated[float, Ge(0.0), Le(0.999999)] = 0.99
-    bf16: bool = False
 
     def __post_init__(self) -> None:
         """Refuse fields that do not go together."""
@@ -67,10 +48,7 @@ class Distill(Pass):
             raise ValueError("steps: guidance keeps the sampler's steps; leave it out, or choose segment")
         if self.objective != "guidance" and self.steps is None:
             raise ValueError(f"steps: is missing; {self.objective} needs the number of steps of the student")
-        if self.updates is None and self.minutes is None:
-            raise ValueError("updates: is missing; give updates, or minutes that they may take")
-        if self.accumulate > self.batch:
-            raise ValueError(f"accumulate: a batch of {self.batch} has no {self.accumulate} parts; give fewer")
+        self.check_effort()
 
     @property
     @override
@@ -113,28 +91,15 @@ class Distill(Pass):
 
     @override
     def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost]:
-        from compress.training.cost import TRIED, sample_cost
+        from compress.training.cost import denoiser_cost
 
-        plan, whole = _plain(model), model.family.segments(model.denoiser, None).segments[0].module
-        height, width = (side // model.latent["downscale"] for side in (context.height, context.width))
-        tokens = max([int(entry["max_length"]) for entry in model.conditioning.get("encoders", ())], default=8)
-        one = sample_cost(
-            model.denoiser, whole, model.family.example_inputs(model.denoiser, TRIED, height, width, tokens)
-        )
-        online = self.objective == "guidance"
+        plan = _plain(model)
+        one = denoiser_cost(model, context.height, context.width)
+        asked = 2 * one.forward if self.objective == "guidance" else 0.0
         halves = sum(2 if step.guidance != "none" else 1 for step in plan.steps)
         runs = halves + sum(self._rounds(plan)[:-1])
-        training = 60.0 * (self.minutes or 0.0)
-        if self.updates is not None:
-            training = self.updates * self.batch * (one.update + (2 * one.forward if online else 0.0))
-            if self.minutes is not None and training > 60.0 * self.minutes:
-                raise RefusedError(
-                    f"distill: {self.updates} updates of {self.batch} samples would take {training / 60.0:.0f} minutes "
-                    f"here, and minutes allows {self.minutes:g}: give fewer, a smaller batch, or more minutes"
-                )
-        memory = one.memory(-(-self.batch // self.accumulate))
-        seconds = training + self.samples * runs * one.forward
-        return [Cost(f"the pass {self.label}", seconds, int(memory), "fewer updates, or a smaller batch")]
+        seconds = self.seconds(self.name, one.update + asked) + self.samples * runs * one.forward
+        return [Cost(f"the pass {self.label}", seconds, self.memory(one), "fewer updates, or a smaller batch")]
 
     def _rounds(self, plan: StepPlan) -> list[int]:
         """Steps of every student in a row; of guidance, the plan's own calls."""
@@ -157,9 +122,7 @@ class Distill(Pass):
     def _round(self, model: LatentDiffusion, steps: int, rounds: int, context: PassContext) -> None:
         """Train one student, and give the model its weights and its plan."""
         from compress.training.distillation import Lesson, learn
-        from compress.training.runs import Asked
         from compress.training.student import guided_plan, points_of, student_plan
-        from compress.training.trainer import Schedule
 
         plan = _plain(model)
         few = self.steps is not None
@@ -168,19 +131,11 @@ class Distill(Pass):
             what=f"distill {self.objective}, {steps} steps",
             rows=rows,
             online=not few,
-            asked=Asked(context.prompts, context.seed + RUNS_SEED, self.samples, context.height, context.width),
+            asked=self.asked(context),
             minutes=None if self.minutes is None else self.minutes / rounds,
             bf16=self.bf16,
         )
-        schedule = Schedule(
-            updates=0 if self.updates is None else -(-self.updates // rounds),
-            rate=self.rate,
-            batch=self.batch,
-            accumulate=self.accumulate,
-            average=self.average,
-            seed=context.seed,
-        )
-        learn(model, lesson, schedule, context.store, context.progress)
+        learn(model, lesson, self.schedule(context.seed, rounds), context.store, context.progress)
         model.step_plan = student_plan(plan, rows) if few else guided_plan(plan)
 
     @override

@@ -13,14 +13,18 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import override
 
+from compress.cost import Cost
 from compress.errors import PassError, RecipeError, RefusedError
 from compress.passes.base import Edit, Pass, PassContext
+from compress.passes.prune_latency import check_latency, choose, timed_target, timing_cost
+from compress.passes.prune_recover import Recover, Whole
 
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
     from compress.pruning.axis import Axis
     from compress.pruning.costs import Costs
     from compress.pruning.units import Chunk
+    from export.step_plan import Step
     from export.target import Target
 
 SKIP = "skip"
@@ -29,6 +33,7 @@ UP_TO = "up to "
 
 Part = Literal["denoiser", "vae_decoder"]
 AxisName = Literal["heads", "ffn", "resnet", "depth"]
+_BUDGETS = ("size_ratio", "macs_ratio", "latency_ratio")
 _WIDTHS: tuple[AxisName, ...] = ("heads", "ffn", "resnet")
 _NETWORKS = {"denoiser": "", "vae_decoder": "decoder."}
 """Part -> where it lies in its network."""
@@ -51,13 +56,15 @@ class KeepRule(BaseModel):
 class Prune(Pass):
     """Structured pruning: what is removed is gone from weights and graphs, on every runtime.
 
-    Give a budget (`size_ratio` or `macs_ratio`), or shares (`keep`, `layers`). Quality is lost, and is to be recovered
-    by training.
+    Give a budget (`size_ratio`, `macs_ratio` or `latency_ratio`), or shares (`keep`, `layers`). Quality is lost, and
+    `recover` trains what is left to win it back.
 
     Attributes:
         part: the network.
         size_ratio: its parameters at most, as a share of those it has.
         macs_ratio: its multiply-accumulates at most, likewise.
+        latency_ratio: what one call of it takes at most, likewise; measured on the first CPU target's runtime, on one
+            thread, layer by layer and then as a whole.
         axes: that a budget may take from: attention `heads`, hidden channels of MLPs (`ffn`), inner channels of
             resnets in whole groups of their norm (`resnet`), blocks (`depth`).
         keep: axis -> share of its units that is left everywhere.
@@ -65,22 +72,25 @@ class Prune(Pass):
         importance: how the loss is estimated, see `compress.importance.losses`.
         cutoff: of `taylor`: timesteps whose loss is less than this share of the largest are left out.
         multiple: of the channels left in `ffn` and `resnet`; 16 for GPUs and 8 for CPUs unless given.
+        recover: how the denoiser is trained afterwards; not at all unless given.
     """
 
     name: ClassVar[str] = "prune"
     paper: ClassVar[str] = "Fang et al. 2023, arXiv 2305.10924; Zhang et al. 2024, arXiv 2404.11098"
-    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration", "training"})
     changes: ClassVar[frozenset[str]] = frozenset({"weights", "graph"})
 
     part: Part = "denoiser"
     size_ratio: Annotated[float, Gt(0.0), Lt(1.0)] | None = None
     macs_ratio: Annotated[float, Gt(0.0), Lt(1.0)] | None = None
+    latency_ratio: Annotated[float, Gt(0.0), Lt(1.0)] | None = None
     axes: tuple[AxisName, ...] = _WIDTHS
     keep: dict[AxisName, Annotated[float, Gt(0.0), Le(1.0)]] | None = None
     layers: tuple[KeepRule, ...] = ()
     importance: Literal["taylor", "magnitude", "additive", "random"] = "taylor"
     cutoff: Annotated[float, Ge(0.0), Lt(1.0)] = 0.05
     multiple: Annotated[int, Ge(1), Le(256)] | None = None
+    recover: Recover | None = None
 
     def __post_init__(self) -> None:
         """Check what is asked for together.
@@ -88,11 +98,11 @@ class Prune(Pass):
         Raises:
             RecipeError: no budget, or two; axes that do not count; the message begins with the field.
         """
-        asked = [name for name in ("size_ratio", "macs_ratio") if getattr(self, name) is not None]
+        asked = [name for name in _BUDGETS if getattr(self, name) is not None]
         asked += ["shares (keep, layers)"] * bool(self.keep or self.layers)
         if len(asked) != 1:
             given = f"not {' and '.join(asked)}" if asked else "and there is none"
-            raise RecipeError(f"prune needs one of size_ratio, macs_ratio and shares (keep, layers), {given}")
+            raise RecipeError(f"prune needs one of {', '.join(_BUDGETS)} and shares (keep, layers), {given}")
         if not self.axes:
             raise RecipeError(f"axes: must not be empty; known: {', '.join((*_WIDTHS, 'depth'))}")
         if not self.budget and self.axes != _WIDTHS:
@@ -101,15 +111,19 @@ class Prune(Pass):
             raise RecipeError(
                 "importance: taylor differentiates the denoising loss, which a VAE has not; take magnitude or additive"
             )
+        if self.part == "vae_decoder" and self.recover is not None:
+            raise RecipeError("recover: trains the denoiser, and the part is vae_decoder; leave it out")
 
     @property
     def budget(self) -> float | None:
         """The share that may be left, where there is one."""
-        return self.size_ratio or self.macs_ratio
+        return self.size_ratio or self.macs_ratio or self.latency_ratio
 
     @override
     def required(self) -> frozenset[str]:
-        return self.needs if self.importance in ("taylor", "additive") else frozenset()
+        if self.recover is not None:
+            return self.needs
+        return self.needs - {"training"} if self.importance in ("taylor", "additive") else frozenset()
 
     @override
     def plan(self, model: LatentDiffusion, targets: Sequence[Target]) -> list[Edit]:
@@ -117,6 +131,8 @@ class Prune(Pass):
 
         if model.quant_plans or model.layout is not None or model.fusions:
             raise RefusedError("prune: the model is quantized, cut or fused already; prune the model it was made of")
+        if self.latency_ratio is not None:
+            timed_target(targets)
         axes, multiple, costs = self._axes(model), self._multiple(targets), self._costs(model)
         edits, matched = list[Edit](), set[int]()
         for axis in axes:
@@ -165,7 +181,7 @@ class Prune(Pass):
                 f"prune would change nothing: no axis of the {self.part} can lose a whole step of {multiple} channels; "
                 "ask for less to be kept, or give a smaller multiple"
             )
-        if self.budget is not None:
+        if self.budget is not None and self.latency_ratio is None:  # what layers take is measured when it is applied
             least = 1.0 - self._most(costs, axes, multiple) / self._cost(costs)
             if least > self.budget:
                 raise RefusedError(
@@ -184,6 +200,25 @@ class Prune(Pass):
         return sum(item.saving for item in items)
 
     @override
+    def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost] | None:
+        if self.recover is None and self.latency_ratio is None:
+            return None
+        from compress.training.cost import denoiser_cost
+
+        one, steps = denoiser_cost(model, context.height, context.width), _steps(model)
+        found = []
+        if self.importance in ("taylor", "additive"):
+            halves = sum(2 if step.guidance != "none" else 1 for step in steps)
+            seconds = 2 * len(context.prompts) * halves * one.forward
+            found.append(Cost("the pass prune", seconds, int(3 * one.weights), "fewer calibration.samples"))
+        if self.latency_ratio is not None:
+            found.append(timing_cost(len(self._axes(model)), int(one.weights)))
+        if self.recover is not None:
+            left = self.macs_ratio or self.latency_ratio or 1.0  # of other budgets it is not known yet
+            found.append(self.recover.cost(one, len(steps), left))
+        return found
+
+    @override
     def apply(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> None:
         from compress.importance import losses
         from compress.pruning.axis import CutError
@@ -194,8 +229,14 @@ class Prune(Pass):
         asked = {(edit.module, edit.action.removeprefix(UP_TO)) for edit in edits if edit.action != SKIP}
         axes = [axis for axis in self._axes(model) if (f"{self.part}.{axis.module}", axis.kind) in asked]
         found = losses(model, self.part, axes, multiple, self.importance, self.cutoff, context)
-        removed = self._chosen(before, axes, found, multiple)
         network, name = self._network(model)
+        timed = dict[str, Any]()
+        if self.latency_ratio is None:
+            removed = self._chosen(before, axes, found, multiple)
+        else:
+            choice = choose(model, self.part, network, axes, found, self.latency_ratio, context)
+            removed, timed = choice.removed, {"latency_ms": choice.row}
+        whole = None if self.recover is None else Whole.of(model)
         try:
             structure = prune(network, cuts_of(removed), model.structures.get(name, Structure()))
         except CutError as error:
@@ -214,8 +255,11 @@ class Prune(Pass):
                 "units_removed": dict(units),
                 "parameters": [before.parameters, after.parameters],
                 "macs": [before.macs, after.macs],
+                **timed,
             }
         )
+        if whole is not None and self.recover is not None:
+            whole.teach(model, self.recover, context)
 
     def _chosen(self, costs: Costs, axes: Sequence[Axis], found: Mapping[Chunk, float], multiple: int) -> list[Chunk]:
         """What is removed."""
@@ -254,8 +298,10 @@ class Prune(Pass):
                 f"prune left {costs.parameters} parameters and {costs.macs} multiply-accumulates, but wrote down "
                 f"{left} and {macs_left}"
             )
+        if self.latency_ratio is not None:
+            check_latency(done["latency_ms"], self.latency_ratio, self.part)
         ratios = {"size_ratio": left / parameters, "macs_ratio": macs_left / macs}
-        if self.budget is not None and ratios[self._measure] > self.budget * (1 + 1e-6):
+        if self._measure in ratios and self.budget is not None and ratios[self._measure] > self.budget * (1 + 1e-6):
             raise PassError(f"prune.{self._measure} is {ratios[self._measure]:.4f}, above {self.budget:g}")
         with torch.inference_mode():
             if not torch.isfinite(self._run(model)()).all():
@@ -263,7 +309,7 @@ class Prune(Pass):
 
     @property
     def _measure(self) -> str:
-        return "size_ratio" if self.size_ratio is not None else "macs_ratio"
+        return next((name for name in _BUDGETS if getattr(self, name) is not None), "")
 
     def _cost(self, costs: Costs) -> int:
         return costs.parameters if self.size_ratio is not None else costs.macs
@@ -316,6 +362,10 @@ class Prune(Pass):
             inputs = part.example_inputs(1, side, side, 77)
         device = next(part.parameters()).device
         return partial(_first, part, {key: tensor.to(device) for key, tensor in inputs.items()})
+
+
+def _steps(model: LatentDiffusion) -> Sequence[Step]:
+    return () if model.step_plan is None else model.step_plan.steps
 
 
 def _first(part: Any, inputs: Mapping[str, Any]) -> Any:

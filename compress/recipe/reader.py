@@ -8,7 +8,7 @@ import json
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -228,7 +228,7 @@ _BOUNDS = {
 def _message(model: type[BaseModel], key: KeyPath, mistake: Any) -> str:
     """Turn one pydantic error into words."""
     what, value, context = mistake["type"], mistake.get("input"), mistake.get("ctx") or {}
-    if what == "extra_forbidden":
+    if what in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_at(model, key[:-1])
         close = nearest(key[-1], known)
         hint = "" if close is None else f" (did you mean {close!r}?)"
@@ -271,12 +271,23 @@ def _keys_at(model: type[BaseModel], key: KeyPath) -> list[str]:
     """List the keys that a (nested) model knows at a path."""
     here: Any = model
     for part in key:
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            here = here.model_fields[str(part)].annotation if part in here.model_fields else None
+        known = _annotations(here)
+        if known is not None:
+            here = known.get(str(part))
         elif get_origin(here) in (dict, list, tuple):
             here = get_args(here)[1 if get_origin(here) is dict else 0]
         here = _inside(here)
-    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+    return list(_annotations(here) or ())
+
+
+def _annotations(here: Any) -> dict[str, Any] | None:
+    """The keys of a model or dataclass with what they hold; None of anything else."""
+    if isinstance(here, type) and issubclass(here, BaseModel):
+        return {name: column.annotation for name, column in here.model_fields.items()}
+    if isinstance(here, type) and is_dataclass(here):
+        hints = get_type_hints(here, include_extras=True)
+        return {column.name: hints[column.name] for column in fields(here)}
+    return None
 
 
 def _inside(annotation: Any) -> Any:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from compress.example_inputs import example_inputs
+
+if TYPE_CHECKING:
+    from compress.model.latent_diffusion import LatentDiffusion
 
 TRIED = 2
 """Samples in the try."""
@@ -35,6 +40,18 @@ class SampleCost:
     def memory(self, batch: int) -> float:
         """Bytes at the peak of an update with `batch` samples at once."""
         return COPIES * self.weights + batch * self.kept
+
+
+def denoiser_cost(model: LatentDiffusion, height: int, width: int) -> SampleCost:
+    """Of the model's denoiser, whole.
+
+    Args:
+        model: is left as it was.
+        height: of the pictures in pixels.
+        width: likewise.
+    """
+    whole = model.family.segments(model.denoiser, None).segments[0].module
+    return sample_cost(model.denoiser, whole, example_inputs(model, "denoiser", TRIED, height, width))
 
 
 def sample_cost(

@@ -1,16 +1,9 @@
-"""One student taught by the model it was copied from, in a folder that outlives a kill."""
+"""One student taught by the model it was copied from."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import json
-import os
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,14 +11,13 @@ import torch
 from compress.errors import PassError
 from compress.progress import Progress
 from compress.training.objective import Objective
-from compress.training.randomness import generator
 from compress.training.runs import Asked, conditioned, teacher_runs
 from compress.training.targets import GuidedTarget, SegmentTarget, TargetRule
-from compress.training.teacher import Network, Teacher
-from compress.training.trainer import Schedule, train
+from compress.training.teacher import Teacher
+from compress.training.teaching import network_of, taught
+from compress.training.trainer import Schedule
 
 if TYPE_CHECKING:
-    from compress.families.segments import Network as Module
     from compress.model.latent_diffusion import LatentDiffusion
     from compress.store import Store
     from export.step_plan import StepPlan
@@ -68,30 +60,22 @@ def learn(model: LatentDiffusion, lesson: Lesson, schedule: Schedule, store: Sto
     plan = model.step_plan
     if plan is None:
         raise PassError("the model has no step plan yet; compile its sampler first")
-    inputs = {
-        "what": "training",
-        "model": model.state_hash(),
-        "lesson": asdict(lesson),
-        "schedule": asdict(schedule),
-    }
-    student = copy.deepcopy(model.denoiser).requires_grad_(True)
+    inputs = {"model": model.state_hash(), "lesson": asdict(lesson)}
     runs = teacher_runs(model, lesson.rows, lesson.asked, store, progress, ends_only=lesson.online)
-    runs = runs.to(next(student.parameters()).device)
-    objective = Objective(runs, _rule(model, plan, lesson), _network(model, student, plan, lesson.bf16))
-    with _folder(store, inputs) as folder:
-        if not schedule.updates:
-            schedule = replace(schedule, updates=_updates(objective, schedule, lesson.minutes or 0.0, folder))
-        trained = train(student, objective, schedule, folder, progress, lesson.what)
-    own = dict(model.denoiser.named_parameters())
-    for name, weight in trained.average.items():
-        own[name].data.copy_(weight)
-    said = {"updates": schedule.updates, "seconds": round(trained.seconds, 1), "loss": trained.curve}
-    model.provenance.append({"trained": lesson.what, **said})
-
-
-def _network(model: LatentDiffusion, denoiser: Module, plan: StepPlan, bf16: bool) -> Network:
-    whole = model.family.segments(denoiser, None).segments[0].module
-    return Network(whole, plan.latent_input, plan.prediction, bf16)
+    runs = runs.to(next(model.denoiser.parameters()).device)
+    rule = _rule(model, plan, lesson)
+    model.provenance.append(
+        taught(
+            model.denoiser,
+            lambda student: Objective(runs, rule, network_of(model, student, plan, lesson.bf16)),
+            lesson.what,
+            inputs,
+            schedule,
+            lesson.minutes,
+            store,
+            progress,
+        )
+    )
 
 
 def _rule(model: LatentDiffusion, plan: StepPlan, lesson: Lesson) -> TargetRule:
@@ -101,33 +85,5 @@ def _rule(model: LatentDiffusion, plan: StepPlan, lesson: Lesson) -> TargetRule:
     steps = [plan.steps[row] for row in lesson.rows]
     scales = torch.tensor([step.guidance_scale if step.guidance != "none" else 1.0 for step in steps], device=device)
     nothing = conditioned(model, None, lesson.asked.height, lesson.asked.width)
-    network = _network(model, model.denoiser, plan, lesson.bf16)
+    network = network_of(model, model.denoiser, plan, lesson.bf16)
     return GuidedTarget(Teacher(network, {name: row.to(device) for name, row in nothing.items()}), scales)
-
-
-@contextlib.contextmanager
-def _folder(store: Store | None, inputs: Mapping[str, object]) -> Iterator[Path]:
-    if store is not None:
-        with store.workspace(inputs) as folder:
-            yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="training-") as name:
-        yield Path(name)
-
-
-def _updates(objective: Objective, schedule: Schedule, minutes: float, folder: Path) -> int:
-    """As many updates as fit; decided once, and kept for a run that goes on after a kill."""
-    kept = folder / "updates.json"
-    if kept.is_file():
-        return int(json.loads(kept.read_text(encoding="utf-8")))
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        for part in objective.losses(generator(schedule.seed, 0), schedule.batch, schedule.accumulate):
-            part().backward()
-        seconds.append(time.perf_counter() - began)
-    updates = max(1, int(60.0 * minutes / min(seconds)))
-    written = kept.with_suffix(".part")
-    written.write_text(json.dumps(updates), encoding="utf-8")
-    os.replace(written, kept)
-    return updates

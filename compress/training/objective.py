@@ -15,6 +15,12 @@ from compress.training.targets import Drawn, TargetRule
 from compress.training.teacher import Network
 
 
+def in_parts(batch: int, parts: int) -> list[slice]:
+    """A batch in so many parts, equally long but for the last."""
+    size = -(-batch // parts)
+    return [slice(first, first + size) for first in range(0, batch, size)]
+
+
 @dataclass(frozen=True)
 class Objective:
     """What `compress.training.trainer.train` minimises.
@@ -34,8 +40,7 @@ class Objective:
     def losses(self, random: torch.Generator, batch: int, parts: int) -> list[Callable[[], Tensor]]:
         """See `compress.training.trainer.Learnable`."""
         drawn = self.rule.draw(self.source, random, batch)
-        size = -(-batch // parts)
-        return [partial(self._loss, drawn.part(slice(first, first + size)), batch) for first in range(0, batch, size)]
+        return [partial(self._loss, drawn.part(rows), batch) for rows in in_parts(batch, parts)]
 
     def _loss(self, drawn: Drawn, batch: int) -> Tensor:
         source, device = self.source, drawn.latents.device

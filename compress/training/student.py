@@ -56,8 +56,13 @@ def guidance_of(plan: StepPlan) -> float | None:
 def guided_plan(plan: StepPlan) -> StepPlan:
     """The plan for weights that give its guidance by themselves: the same updates, one half a call."""
     contract = Contract(plan.prediction, tuple(step.t for step in plan.steps), False, guidance_of(plan))
-    key = {**plan.key, "guidance_scale": 1.0, "guidance_interval": None}
-    return replace(plan, steps=_unguided(plan.steps), key=key, contract=contract)
+    return replace(unguided(plan), contract=contract)
+
+
+def unguided(plan: StepPlan) -> StepPlan:
+    """The plan without guidance, for the same weights."""
+    steps = tuple(replace(step, guidance="none", guidance_scale=1.0) for step in plan.steps)
+    return replace(plan, steps=steps, key={**plan.key, "guidance_scale": 1.0, "guidance_interval": None})
 
 
 def student_plan(plan: StepPlan, points: Sequence[int]) -> StepPlan:
@@ -94,7 +99,3 @@ def student_plan(plan: StepPlan, points: Sequence[int]) -> StepPlan:
         key=key,
         contract=contract,
     )
-
-
-def _unguided(steps: Sequence[Step]) -> tuple[Step, ...]:
-    return tuple(replace(step, guidance="none", guidance_scale=1.0) for step in steps)

@@ -31,6 +31,16 @@ class Drawn:
         return replace(self, latents=self.latents[rows], at=self.at[rows], runs=self.runs[rows])
 
 
+def noised(source: Runs, random: torch.Generator, count: int) -> Drawn:
+    """Clean latents of the teacher's runs with fresh noise, at all points alike."""
+    runs = torch.randint(len(source.states), (count,), generator=random)
+    at = torch.randint(len(source.times), (count,), generator=random)
+    clean = source.states[runs, -1]
+    noise = torch.randn(clean.shape, generator=random).to(clean.device)
+    signal, sigma = source.level(at)
+    return Drawn(signal * clean + sigma * noise, at, runs)
+
+
 class TargetRule(Protocol):
     """One way to teach."""
 
@@ -59,12 +69,7 @@ class GuidedTarget:
 
     def draw(self, source: Runs, random: torch.Generator, count: int) -> Drawn:
         """Samples of the teacher with fresh noise."""
-        runs = torch.randint(len(source.states), (count,), generator=random)
-        at = torch.randint(len(self.scales), (count,), generator=random)
-        clean = source.states[runs, -1]
-        noise = torch.randn(clean.shape, generator=random).to(clean.device)
-        signal, sigma = source.level(at)
-        return Drawn(signal * clean + sigma * noise, at, runs)
+        return noised(source, random, count)
 
     @torch.no_grad()
     def target(self, source: Runs, drawn: Drawn) -> Tensor:
