@@ -43,6 +43,7 @@ class Distill(Pass):
         rate: the largest learning rate.
         average: decay of the averaged weights, which are the ones that are kept.
         bf16: networks compute in bfloat16 while training; the sampler's arithmetic stays float32.
+        recompute: gradients take memory for one block of the denoiser at a time, and one more pass forward.
     """
 
     name: ClassVar[str] = "distill"
@@ -60,6 +61,7 @@ class Distill(Pass):
     rate: Annotated[float, Gt(0.0), Le(1.0)] = 3e-4
     average: Annotated[float, Ge(0.0), Le(0.999999)] = 0.99
     bf16: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         """Refuse fields that do not go together."""
@@ -114,12 +116,14 @@ class Distill(Pass):
     @override
     def costs(self, model: LatentDiffusion, edits: Sequence[Edit], context: PassContext) -> list[Cost]:
         from compress.training.cost import TRIED, sample_cost
+        from compress.training.recompute import Recomputed
 
         plan, whole = _plain(model), model.family.segments(model.denoiser, None).segments[0].module
+        call = Recomputed(model.family, model.denoiser) if self.recompute else whole
         height, width = (side // model.latent["downscale"] for side in (context.height, context.width))
         tokens = max([int(entry["max_length"]) for entry in model.conditioning.get("encoders", ())], default=8)
         one = sample_cost(
-            model.denoiser, whole, model.family.example_inputs(model.denoiser, TRIED, height, width, tokens)
+            model.denoiser, call, model.family.example_inputs(model.denoiser, TRIED, height, width, tokens)
         )
         online = self.objective == "guidance"
         halves = sum(2 if step.guidance != "none" else 1 for step in plan.steps)
@@ -134,7 +138,9 @@ class Distill(Pass):
                 )
         memory = one.memory(-(-self.batch // self.accumulate))
         seconds = training + self.samples * runs * one.forward
-        return [Cost(f"the pass {self.label}", seconds, int(memory), "fewer updates, or a smaller batch")]
+        return [
+            Cost(f"the pass {self.label}", seconds, int(memory), "fewer updates, a smaller batch, or recompute: true")
+        ]
 
     def _rounds(self, plan: StepPlan) -> list[int]:
         """Steps of every student in a row; of guidance, the plan's own calls."""
@@ -171,6 +177,7 @@ class Distill(Pass):
             asked=Asked(context.prompts, context.seed + RUNS_SEED, self.samples, context.height, context.width),
             minutes=None if self.minutes is None else self.minutes / rounds,
             bf16=self.bf16,
+            recompute=self.recompute,
         )
         schedule = Schedule(
             updates=0 if self.updates is None else -(-self.updates // rounds),

@@ -19,6 +19,7 @@ from compress.errors import PassError
 from compress.progress import Progress
 from compress.training.objective import Objective
 from compress.training.randomness import generator
+from compress.training.recompute import Recomputed
 from compress.training.runs import Asked, conditioned, teacher_runs
 from compress.training.targets import GuidedTarget, SegmentTarget, TargetRule
 from compress.training.teacher import Network, Teacher
@@ -42,6 +43,7 @@ class Lesson:
         asked: the teacher's runs.
         minutes: that updates may take, where their number is left to the time one of them takes.
         bf16: networks compute in bfloat16.
+        recompute: the student keeps the inputs of its units alone, see `compress.training.recompute`.
     """
 
     what: str
@@ -50,6 +52,7 @@ class Lesson:
     asked: Asked
     minutes: float | None
     bf16: bool
+    recompute: bool = False
 
 
 def learn(model: LatentDiffusion, lesson: Lesson, schedule: Schedule, store: Store | None, progress: Progress) -> None:
@@ -77,7 +80,10 @@ def learn(model: LatentDiffusion, lesson: Lesson, schedule: Schedule, store: Sto
     student = copy.deepcopy(model.denoiser).requires_grad_(True)
     runs = teacher_runs(model, lesson.rows, lesson.asked, store, progress, ends_only=lesson.online)
     runs = runs.to(next(student.parameters()).device)
-    objective = Objective(runs, _rule(model, plan, lesson), _network(model, student, plan, lesson.bf16))
+    learner = _network(model, student, plan, lesson.bf16)
+    if lesson.recompute:
+        learner = replace(learner, denoise=Recomputed(model.family, student))
+    objective = Objective(runs, _rule(model, plan, lesson), learner)
     with _folder(store, inputs) as folder:
         if not schedule.updates:
             schedule = replace(schedule, updates=_updates(objective, schedule, lesson.minutes or 0.0, folder))
