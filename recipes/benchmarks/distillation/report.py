@@ -100,7 +100,7 @@ def _about(rows: Iterable[Row]) -> str:
     if last is None:
         return said
     each = ", ".join(f"{one['trained']}: {one['updates']} updates, {one['seconds']:.0f} s" for one in last["lessons"])
-    return f"{said} Training, one thread, without the teacher's runs: {each}."
+    return f"{said} Training, by the clock and whatever else the machine did, without the teacher's runs: {each}."
 
 
 def _table(title: str, rows: Mapping[str, Row], wanted: Sequence[Entry], model: str, *, scale: bool = False) -> str:
