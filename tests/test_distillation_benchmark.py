@@ -21,6 +21,7 @@ OWN = "DPMSolverMultistepScheduler"
 
 
 def test_every_student_has_its_teacher_beside_it_at_equal_calls_and_evaluations() -> None:
+    assert (Entry(4, GUIDANCE, OWN).evaluations, Entry(4, 1.0, OWN).evaluations) == (8, 4)
     for model in ("unet", "mmdit"):
         found = entries.entries(model)
         assert found[0] == Entry(50, GUIDANCE, entries.full(model).sampler)
@@ -46,7 +47,7 @@ def test_lessons_are_fields_of_the_pass_and_lead_to_fewer_steps() -> None:
 
 def test_diversity_is_the_mean_distance_of_pairs() -> None:
     corner = np.zeros((2, 3, 4), np.float32)
-    corner[0, 1, 0], corner[0, 2, 1] = 3.0, 4.0  # a right triangle: sides 3, 4, 5
+    corner[0, 0, 0], corner[0, 2, 1] = 3.0, 4.0  # a right triangle: sides 3, 4, 5
     found = measure.diversity(corner)
     assert found.value == pytest.approx((3 + 4 + 5) / 3 / 2)
     assert found.n == 2
