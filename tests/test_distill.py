@@ -290,7 +290,7 @@ out: build/x
         ("  - distill: {objective: guidance, updates: 5, accumulate: 40}", r"distill\.accumulate: a batch of 16 has"),
         (
             "  - quantize: {scheme: int8-w8a8}\n  - distill: {objective: guidance, updates: 5}",
-            "legal order is prune < distill",
+            "legal order is .*distill < quantize",
         ),
         (
             "  - distill: {objective: guidance, updates: 5}\n  - distill: {objective: guidance, updates: 6}",

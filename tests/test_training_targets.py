@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.errors import RefusedError
 from compress.training.losses import weighted_error
+from compress.training.objective import Objective
 from compress.training.predictions import PREDICTIONS, clean_of, noise_of, output_of, step_coefficients
 from compress.training.runs import Runs
 from compress.training.targets import GuidedTarget, SegmentTarget, between
@@ -155,6 +156,58 @@ def test_a_guided_target_is_the_closed_form(prediction: str) -> None:
         gain = signal * SPREAD**2 / (signal**2 * SPREAD**2 + sigma**2)
         expected = gain * shown.latents[row] + scale * MEAN * (1.0 - gain * signal)
         assert torch.allclose(target[row], expected[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("levels", [VP[::-1], FLOW[::-1]], ids=["variance preserving", "flow"])
+def test_guidance_is_asked_for_at_latents_of_the_right_noise(levels: list[tuple[float, float]]) -> None:
+    """Noised Gaussian data: mean `signal mean`, variance `signal^2 spread^2 + sigma^2`, at every level by itself."""
+    ends = [*levels, (1.0, 0.0)]
+    clean = MEAN + SPREAD * torch.randn(2000, 1, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    source = runs_of(torch.stack([torch.full_like(clean, 9.0), clean], dim=1), ends, {})
+    rule = GuidedTarget(Teacher(Network(_never, "sample", "sample"), {}), torch.ones(len(levels)))
+    shown = rule.draw(source, torch.Generator().manual_seed(4), 16000)
+    for at, (signal, sigma) in enumerate(levels):
+        rows = shown.at == at
+        noised, plain = shown.latents[rows], source.states[shown.runs[rows], -1]
+        spread = (signal**2 * SPREAD**2 + sigma**2) ** 0.5
+        assert float(noised.mean()) == pytest.approx(signal * MEAN, abs=0.05 * spread)
+        assert float(noised.std()) == pytest.approx(spread, rel=0.03)
+        noise = (noised - signal * plain) / sigma
+        assert float(noise.std()) == pytest.approx(1.0, rel=0.03)
+        assert abs(float((noise * plain).mean()) - float(noise.mean()) * float(plain.mean())) < 0.03
+
+
+def _never(**inputs: Tensor) -> tuple[Tensor, ...]:
+    raise AssertionError("drawing asks no network")
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_student_that_follows_the_flow_has_no_loss(prediction: str) -> None:
+    """A whole objective on Gaussian data: the network whose output solves every segment exactly, and one that does not.
+
+    A clean latent that is off by e costs (SNR + 1) e^2, and nothing else.
+    """
+    ends = [*VP[::-1], (1.0, 0.0)]
+    states = [drawn(32)]
+    for level, following in itertools.pairwise(ends):
+        states.append(flown(states[-1], level, following))
+    source = runs_of(torch.stack(states, dim=1), ends, {})
+    for off in (0.0, 0.5):
+
+        def denoise(sample: Tensor, timestep: Tensor, off: float = off) -> tuple[Tensor]:
+            rows = []
+            for latents, t in zip(sample.unbind(), timestep.tolist(), strict=True):
+                (a, s), (b, r) = ends[int(t)], ends[int(t) + 1]
+                ratio = ((b**2 * SPREAD**2 + r**2) / (a**2 * SPREAD**2 + s**2)) ** 0.5
+                clean = off + MEAN + (latents - a * MEAN) * (s * ratio - r) / (b * s - r * a)
+                rows.append(output_of(prediction, clean, (latents - a * clean) / s, column(a)[0], column(s)[0]))
+            return (torch.stack(rows),)
+
+        objective = Objective(source, SegmentTarget(), Network(denoise, "sample", prediction))
+        parts = objective.losses(torch.Generator().manual_seed(6), 64, 4)
+        at = SegmentTarget().draw(source, torch.Generator().manual_seed(6), 64).at
+        expected = off**2 * float(torch.tensor([(a / s) ** 2 + 1.0 for a, s in VP[::-1]])[at].mean())
+        assert sum(float(part()) for part in parts) == pytest.approx(expected, rel=1e-4, abs=1e-8)
 
 
 def test_a_loss_in_snr_plus_one_is_that_of_v() -> None:

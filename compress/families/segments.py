@@ -105,7 +105,7 @@ class Program:
         self._denoiser = denoiser
         self._output = units[-1].outputs[-1]
         self._layout = layout
-        self._units = _used(units, {self._output, *layout.watch, *_kept(layout)})
+        self._units = used(units, {self._output, *layout.watch, *_kept(layout)})
         self._inside = {tensor: sublayer for sublayer in sublayers for tensor in sublayer.tensors}
         produced = {tensor for unit in units for tensor in unit.outputs}
         for tensor in (*_kept(layout), *layout.watch):
@@ -237,8 +237,8 @@ class Program:
         return Unit(name, inputs, outputs, run)
 
 
-def _used(units: Sequence[Unit], wanted: set[str]) -> list[Unit]:
-    """The units something comes of; the others are there for gates alone."""
+def used(units: Sequence[Unit], wanted: set[str]) -> list[Unit]:
+    """The units that something wanted comes of; the others are there for gates alone."""
     found: list[Unit] = []
     for unit in reversed(units):
         if wanted.intersection(unit.outputs):

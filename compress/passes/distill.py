@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
     from export.target import Target
 
+_LESS = "fewer updates, a smaller batch, or recompute: true"
+
 
 @dataclass
 class Distill(Effort, Pass):
@@ -32,6 +34,7 @@ class Distill(Effort, Pass):
     Attributes:
         objective: what is learned.
         steps: of the student's sampler; for segment and progressive.
+        recompute: gradients take memory for one block of the denoiser at a time, and one more pass forward.
     """
 
     name: ClassVar[str] = "distill"
@@ -41,6 +44,7 @@ class Distill(Effort, Pass):
 
     objective: Literal["guidance", "segment", "progressive"]
     steps: Annotated[int, Ge(1)] | None = None
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         """Refuse fields that do not go together."""
@@ -94,12 +98,12 @@ class Distill(Effort, Pass):
         from compress.training.cost import denoiser_cost
 
         plan = _plain(model)
-        one = denoiser_cost(model, context.height, context.width)
+        one = denoiser_cost(model, context.height, context.width, self.recompute)
         asked = 2 * one.forward if self.objective == "guidance" else 0.0
         halves = sum(2 if step.guidance != "none" else 1 for step in plan.steps)
         runs = halves + sum(self._rounds(plan)[:-1])
         seconds = self.seconds(self.name, one.update + asked) + self.samples * runs * one.forward
-        return [Cost(f"the pass {self.label}", seconds, self.memory(one), "fewer updates, or a smaller batch")]
+        return [Cost(f"the pass {self.label}", seconds, self.memory(one), _LESS)]
 
     def _rounds(self, plan: StepPlan) -> list[int]:
         """Steps of every student in a row; of guidance, the plan's own calls."""
@@ -134,6 +138,7 @@ class Distill(Effort, Pass):
             asked=self.asked(context),
             minutes=None if self.minutes is None else self.minutes / rounds,
             bf16=self.bf16,
+            recompute=self.recompute,
         )
         learn(model, lesson, self.schedule(context.seed, rounds), context.store, context.progress)
         model.step_plan = student_plan(plan, rows) if few else guided_plan(plan)

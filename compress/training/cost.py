@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.example_inputs import example_inputs
+from compress.training.recompute import Recomputed
 
 if TYPE_CHECKING:
     from compress.model.latent_diffusion import LatentDiffusion
@@ -42,20 +44,22 @@ class SampleCost:
         return COPIES * self.weights + batch * self.kept
 
 
-def denoiser_cost(model: LatentDiffusion, height: int, width: int) -> SampleCost:
+def denoiser_cost(model: LatentDiffusion, height: int, width: int, recompute: bool = False) -> SampleCost:
     """Of the model's denoiser, whole.
 
     Args:
         model: is left as it was.
         height: of the pictures in pixels.
         width: likewise.
+        recompute: see `compress.training.recompute`.
     """
     whole = model.family.segments(model.denoiser, None).segments[0].module
-    return sample_cost(model.denoiser, whole, example_inputs(model, "denoiser", TRIED, height, width))
+    call = Recomputed(model.family, model.denoiser) if recompute else whole
+    return sample_cost(model.denoiser, call, example_inputs(model, "denoiser", TRIED, height, width))
 
 
 def sample_cost(
-    denoiser: nn.Module, call: Callable[..., tuple[Tensor, ...]], inputs: Mapping[str, Tensor]
+    denoiser: nn.Module, call: Callable[..., tuple[Tensor, ...]] | Recomputed, inputs: Mapping[str, Tensor]
 ) -> SampleCost:
     """Time one call on `TRIED` samples, and count what it keeps; the denoiser is left as it was.
 
@@ -67,13 +71,7 @@ def sample_cost(
     parameters = list(denoiser.parameters())
     wanted = [parameter.requires_grad for parameter in parameters]
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    kept = functools.partial(kept_bytes, own=own)
 
     def back() -> None:
         with torch.enable_grad():
@@ -82,9 +80,7 @@ def sample_cost(
 
     try:
         denoiser.requires_grad_(True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _same):
-            loss = call(**inputs)[0].square().mean()
-        del loss
+        within = call.kept(kept, **inputs) if isinstance(call, Recomputed) else kept(lambda: call(**inputs)[0].square())
         with torch.no_grad():
             forward = _seconds(lambda: call(**inputs))
         update = _seconds(back)
@@ -92,7 +88,28 @@ def sample_cost(
         for parameter, wants in zip(parameters, wanted, strict=True):
             parameter.requires_grad_(wants)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return SampleCost(forward / TRIED, update / TRIED, sum(kept.values()) / TRIED, float(weights))
+    return SampleCost(forward / TRIED, update / TRIED, within / TRIED, float(weights))
+
+
+def kept_bytes(run: Callable[[], object], own: Collection[int] = ()) -> int:
+    """Bytes that a call keeps for going back.
+
+    Args:
+        run: the call; what it gives stays until it is counted.
+        own: addresses of storages that do not count.
+    """
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, _same):
+        made = run()
+    del made
+    return sum(kept.values())
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Lesson:
         asked: the teacher's runs.
         minutes: that updates may take, where their number is left to the time one of them takes.
         bf16: networks compute in bfloat16.
+        recompute: the student keeps the inputs of its units alone, see `compress.training.recompute`.
     """
 
     what: str
@@ -42,6 +43,7 @@ class Lesson:
     asked: Asked
     minutes: float | None
     bf16: bool
+    recompute: bool = False
 
 
 def learn(model: LatentDiffusion, lesson: Lesson, schedule: Schedule, store: Store | None, progress: Progress) -> None:
@@ -67,7 +69,7 @@ def learn(model: LatentDiffusion, lesson: Lesson, schedule: Schedule, store: Sto
     model.provenance.append(
         taught(
             model.denoiser,
-            lambda student: Objective(runs, rule, network_of(model, student, plan, lesson.bf16)),
+            lambda student: Objective(runs, rule, network_of(model, student, plan, lesson.bf16, lesson.recompute)),
             lesson.what,
             inputs,
             schedule,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.progress import Progress
 from compress.training.randomness import generator
+from compress.training.recompute import Recomputed
 from compress.training.teacher import Network
 from compress.training.trainer import Learnable, Schedule, train
 
@@ -66,10 +67,12 @@ def taught(
     return {"trained": what, **said}
 
 
-def network_of(model: LatentDiffusion, denoiser: Module, plan: StepPlan, bf16: bool) -> Network:
+def network_of(
+    model: LatentDiffusion, denoiser: Module, plan: StepPlan, bf16: bool, recompute: bool = False
+) -> Network:
     """A denoiser of the model's family, whole, as training asks it."""
     whole = model.family.segments(denoiser, None).segments[0].module
-    return Network(whole, plan.latent_input, plan.prediction, bf16)
+    return Network(Recomputed(model.family, denoiser) if recompute else whole, plan.latent_input, plan.prediction, bf16)
 
 
 @contextlib.contextmanager

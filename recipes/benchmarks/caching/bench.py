@@ -55,8 +55,9 @@ class Bench:
         prompts: held out, one per sample; where there are more samples, the prompts are taken again with other seeds.
         scorer: reads attributes and features.
         context: of the passes; their prompts and seeds are disjoint from those of the samples.
-        engines: folders opened with `THREADS` threads.
+        engines: folders opened with `threads` threads.
         batch: samples made at once.
+        threads: of every engine.
     """
 
     kept: Kept
@@ -67,9 +68,10 @@ class Bench:
     context: PassContext
     engines: dict[Path, Runtime] = field(default_factory=dict)
     batch: int = BATCH
+    threads: int = THREADS
 
     @classmethod
-    def of(cls, kept: Kept, name: str, models: Sequence[str], samples: int) -> Bench:
+    def of(cls, kept: Kept, name: str, models: Sequence[str], samples: int, threads: int = THREADS) -> Bench:
         """Load everything."""
         file = REFERENCE / "prompts" / "heldout.jsonl"
         held_out = read_prompts(file, min(samples, len(file.read_bytes().splitlines())))
@@ -81,8 +83,9 @@ class Bench:
             name,
             {model: load(REFERENCE / model) for model in models},
             [held_out[at % len(held_out)] for at in range(samples)],
-            Scorer(REFERENCE / "recogniser", THREADS),
+            Scorer(REFERENCE / "recogniser", threads),
             PassContext(texts, 0, SIDE, SIDE, targets=[target(name)], store=Store(kept.root / "store")),
+            threads=threads,
         )
 
     @functools.cached_property
@@ -162,7 +165,7 @@ class Bench:
     def runtime(self, folder: Path, plan: StepPlan) -> Runtime:
         """An opened engine over another plan."""
         if folder not in self.engines:
-            self.engines[folder] = Engine.open(folder, self.target, THREADS).runtime
+            self.engines[folder] = Engine.open(folder, self.target, self.threads).runtime
         return self.engines[folder].altered(plan=plan)
 
     def made_again(self, run: Run, entry: str) -> bool:
@@ -261,8 +264,14 @@ def _sources_of(folder: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()
 
 
-def sampled(model: LatentDiffusion, run: Run, steps: int) -> LatentDiffusion:
-    """The model with the step plan of a guided sampler.
+def sampled(model: LatentDiffusion, run: Run, steps: int, guidance: float = GUIDANCE) -> LatentDiffusion:
+    """The model with the step plan of a sampler.
+
+    Args:
+        model: is given the plan.
+        run: names model and sampler.
+        steps: of the sampler.
+        guidance: scale; 1 is none.
 
     Raises:
         RefusedError: the scheduler takes no such number of steps.
@@ -274,7 +283,7 @@ def sampled(model: LatentDiffusion, run: Run, steps: int) -> LatentDiffusion:
         run.sampler,
         model.scheduler_config,
         steps,
-        place_guidance(model, GUIDANCE),
+        place_guidance(model, guidance),
         segments={segment.name: Segment(segment.inputs, segment.outputs) for segment in segments},
         paths=paths,
         slots=slots,
