@@ -298,8 +298,9 @@ def test_the_decoder_of_a_vae_is_pruned_and_its_encoder_is_not(tiny_folder: Fold
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "needs one of size_ratio, macs_ratio and shares .keep, layers., and there is none"),
+        ({}, "one of size_ratio, macs_ratio, latency_ratio and shares .keep, layers., and there is none"),
         ({"size_ratio": 0.5, "macs_ratio": 0.5}, "not size_ratio and macs_ratio"),
+        ({"macs_ratio": 0.5, "latency_ratio": 0.5}, "not macs_ratio and latency_ratio"),
         ({"size_ratio": 0.5, "keep": {"ffn": 0.5}}, "not size_ratio and shares"),
         ({"size_ratio": 0.5, "axes": ()}, "axes: must not be empty"),
         ({"keep": {"ffn": 0.5}, "axes": ("ffn",)}, "axes: are for a budget"),

@@ -138,8 +138,8 @@ def choose(
     items = tree(list(losses), losses, {name: most / told * each for name, each in savings.items()})
     tried, points = list[Choice](), [(0.0, 0.0), (most, most)]  # what was saved, and what should have been
     for _ in range(TRIES):
-        known = sorted(points)
-        wanted = float(np.interp((1.0 - budget) * before, [at for at, _ in known], [asked for _, asked in known]))
+        points.sort()
+        wanted = float(np.interp((1.0 - budget) * before, [one for one, _ in points], [asked for _, asked in points]))
         taken = least_loss(items, wanted) or items
         removed, saved = [item.what for item in taken], sum(item.saving for item in taken)
         pair = [whole, _whole(model, part, _without(network, removed), context)]
