@@ -304,6 +304,7 @@ def test_the_decoder_of_a_vae_is_pruned_and_its_encoder_is_not(tiny_folder: Fold
         ({"size_ratio": 0.5, "keep": {"ffn": 0.5}}, "not size_ratio and shares"),
         ({"size_ratio": 0.5, "axes": ()}, "axes: must not be empty"),
         ({"keep": {"ffn": 0.5}, "axes": ("ffn",)}, "axes: are for a budget"),
+        ({"latency_ratio": 0.5, "part": "vae_decoder", "importance": "magnitude"}, "latency_ratio: times the denoiser"),
         ({"size_ratio": 0.5, "part": "vae_decoder"}, "importance: taylor differentiates the denoising loss"),
     ],
 )

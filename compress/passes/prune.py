@@ -111,6 +111,8 @@ class Prune(Pass):
             raise RecipeError(
                 "importance: taylor differentiates the denoising loss, which a VAE has not; take magnitude or additive"
             )
+        if self.part == "vae_decoder" and self.latency_ratio is not None:
+            raise RecipeError("latency_ratio: times the denoiser, and the part is vae_decoder; give macs_ratio")
         if self.part == "vae_decoder" and self.recover is not None:
             raise RecipeError("recover: trains the denoiser, and the part is vae_decoder; leave it out")
 
