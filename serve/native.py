@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -15,11 +14,6 @@ from serve.order import Step
 from serve.refusal import Refusal, documented
 from serve.schemas import Picture, PictureEvent, PictureReply, PictureRequest, StepEvent, Wish
 from serve.service import STREAM, Service
-
-P, T = ParamSpec("P"), TypeVar("T")
-
-_SMALL = 3 * 64 * 64
-"""Numbers of pictures that are written as PNG in half a millisecond."""
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -39,7 +33,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/pictures", responses=_ANSWERS, response_model=PictureReply)
     async def draw(wanted: PictureRequest, request: Request, accept: Annotated[str, Header()] = "*/*") -> Response:
         """Draw pictures from text, from a picture, or into one."""
-        intake = await _aside(wanted.image is not None, from_json, wanted, service.engines, service.limits)
+        intake = await run_in_threadpool(from_json, wanted, service.engines, service.limits)
         return await _answer(service, intake, request, accept)
 
     @router.post("/v1/pictures/png", responses=_ANSWERS, response_model=PictureReply, openapi_extra=_PNG_BODY)
@@ -62,19 +56,10 @@ async def _answer(service: Service, intake: Intake, request: Request, accept: st
         return service.stream(intake, request, lambda k, event: run_in_threadpool(_described, intake, k, event))
     drawn = await service.draw(intake, request)
     if raw:
-        png = await _aside(_large(drawn), pictures.to_png, drawn[0])
+        png = await run_in_threadpool(pictures.to_png, drawn[0])
         return Response(png, media_type=pictures.MEDIA_TYPE, headers={"X-Seed": str(intake.orders[0].seed)})
-    reply = await _aside(_large(drawn), _reply, intake, drawn)
+    reply = await run_in_threadpool(_reply, intake, drawn)
     return Response(reply.model_dump_json(), media_type="application/json")
-
-
-async def _aside(long: bool, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Do what takes long in another thread; going there and back costs more than reading a text, or writing an icon."""
-    return await run_in_threadpool(work, *arguments, **options) if long else work(*arguments, **options)
-
-
-def _large(drawn: list[np.ndarray]) -> bool:
-    return sum(picture.size for picture in drawn) > _SMALL
 
 
 def _reply(intake: Intake, drawn: list[np.ndarray]) -> PictureReply:
